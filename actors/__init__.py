@@ -1,0 +1,1 @@
+"""Virtual actors on pykka: nodes, stores, transports, the command."""

@@ -1,0 +1,130 @@
+"""Store URLs: which store a URL names, and whether it can be opened.
+
+    memory://                     of this process, gone with it
+    sqlite:///relative.db         a SQLite file, from the working directory
+    sqlite:////absolute.db        a SQLite file
+
+A path may be percent-encoded. Options of `sqlite:///` follow a `?`:
+`synchronous` (OFF, NORMAL, FULL, EXTRA; FULL), `busy_timeout_ms` (2000) and
+`max_pages` (of 4 KiB, 0 for no bound; 0).
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import unquote
+
+from actors.store_memory import BadStore, MemoryStore, wall_ms
+from actors.store_sqlite import SYNCHRONOUS, SqliteFile, SqliteStore
+from placement.contracts import Store
+
+__all__ = ["BadStore", "check_store", "open_store"]
+
+_NUMBER = re.compile(r"[0-9]{1,10}")
+_BUSY_TIMEOUT_MS_MAX = 600_000
+_MAX_PAGES_MAX = 4_294_967_294  # SQLite's own
+
+
+def check_store(url: str) -> None:
+    """Check `url`, and what it names as far as that is there; create nothing.
+
+    Raises:
+        BadStore: no store can be opened under it, and why.
+    """
+    file = _parse(url)
+    if file is not None:
+        file.look()
+
+
+def open_store(url: str, *, now_ms: Callable[[], int] = wall_ms) -> Store:
+    """Open the store that `url` names; `now_ms` is the clock of its entries.
+
+    Raises:
+        BadStore: `url`, or the file that it names, cannot be a store.
+        StoreFailure: it is one, and cannot be opened now.
+    """
+    file = _parse(url)
+    if file is None:
+        return MemoryStore(now_ms=now_ms)
+    return SqliteStore(url, file, now_ms=now_ms)
+
+
+def _parse(url: str) -> SqliteFile | None:
+    """Which file `url` names; none for the memory."""
+    # By hand: urlsplit drops a `#`, which a file name may contain.
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        raise BadStore(f"store {url!r} is not a URL such as sqlite:///placement.db")
+    place, question_mark, query = rest.partition("?")
+    match scheme.lower():
+        case "memory":
+            if rest:
+                raise BadStore(f"store {url!r}: nothing may follow memory://")
+            return None
+        case "sqlite":
+            return _parse_sqlite(url, place, query if question_mark else None)
+    raise BadStore(
+        f"store {url!r}: unknown scheme {scheme!r}; known are memory:// and sqlite:///"
+    )
+
+
+def _parse_sqlite(url: str, place: str, query: str | None) -> SqliteFile:
+    if not place.startswith("/"):
+        raise BadStore(
+            f"store {url!r}: write sqlite:///relative.db or sqlite:////absolute.db"
+        )
+    try:
+        name = unquote(place[1:], errors="strict")
+        name.encode()
+    except UnicodeError:
+        raise BadStore(f"store {url!r}: the path is not valid UTF-8") from None
+    if not name or name.endswith("/"):
+        raise BadStore(f"store {url!r} names no file")
+    if "\0" in name:
+        raise BadStore(f"store {url!r}: a path cannot contain a zero byte")
+    if name == ":memory:":
+        raise BadStore(f"store {url!r}: a store in memory is memory://")
+    options = {} if query is None else _parse_options(url, query)
+    synchronous = options.pop("synchronous", "FULL").upper()
+    if synchronous not in SYNCHRONOUS:
+        raise BadStore(
+            f"store {url!r}: synchronous must be one of {', '.join(SYNCHRONOUS)}"
+        )
+    busy_timeout_ms = _number(
+        url, options, "busy_timeout_ms", default=2_000, largest=_BUSY_TIMEOUT_MS_MAX
+    )
+    max_pages = _number(url, options, "max_pages", default=0, largest=_MAX_PAGES_MAX)
+    if options:
+        raise BadStore(
+            f"store {url!r}: unknown option {min(options)!r}; "
+            "known are synchronous, busy_timeout_ms and max_pages"
+        )
+    return SqliteFile(
+        path=Path(name),
+        synchronous=synchronous,
+        busy_timeout_ms=busy_timeout_ms,
+        max_pages=max_pages,
+    )
+
+
+def _parse_options(url: str, query: str) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for part in query.split("&"):
+        name, equals, value = part.partition("=")
+        if not name or not equals or not value:
+            raise BadStore(f"store {url!r}: option {part!r} is not name=value")
+        if name in options:
+            raise BadStore(f"store {url!r}: option {name!r} is given twice")
+        options[name] = value
+    return options
+
+
+def _number(
+    url: str, options: dict[str, str], name: str, *, default: int, largest: int
+) -> int:
+    text = options.pop(name, None)
+    if text is None:
+        return default
+    if not _NUMBER.fullmatch(text) or int(text) > largest:
+        raise BadStore(f"store {url!r}: {name} must be a number from 0 to {largest}")
+    return int(text)

@@ -1,0 +1,1 @@
+"""The messages between nodes: typed, versioned, one codec."""
