@@ -1,0 +1,627 @@
+"""Claims: the activation procedure of the identities whose partitions a member owns.
+
+One procedure an identity, whoever asks: acquire the lock, read the entry, then
+either ask the session that owns it, or choose a host and let it start the
+activation. Nothing is concluded from silence: a question or a start that is not
+answered is sent again, and ends when the store says that the session asked is
+closed. Times are nanoseconds of the caller's clock.
+"""
+
+import heapq
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from placement.contracts import Acquire, Acquired, Failed, LockHeld, Release
+from placement.entry import Acquisition, Pid
+from placement.errors import NoAuthority, Refusal
+from placement.event import Happened
+from placement.identity import Identity
+from placement.partition import PartitionTable
+from placement.topology import Address, Member, SessionId
+
+ChooseHost: TypeAlias = Callable[[Identity, PartitionTable], Member]
+
+#: Refusals of a host after which another try may go better.
+_TRANSIENT = frozenset({"NoAuthority", "NotReady", "Pending", "LockDenied"})
+
+#: A question may soon have another answer; a store or host is only late.
+_ASK_AGAIN_NS = 20_000_000
+_AGAIN_LARGEST_NS = 500_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Requester:
+    """Who asked for an identity: where the answer goes, and its request's number."""
+
+    address: Address
+    request: int
+
+
+# --- effects -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AcquireLock:
+    """Take the lock; the outcome comes back by `acquired`."""
+
+    request: Acquire
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseLock:
+    """Free the lock; the outcome comes back by `released`."""
+
+    request: Release
+
+
+@dataclass(frozen=True, slots=True)
+class AskOwnerSession:
+    """Ask `session`, by name, for the activation that the entry says it has."""
+
+    session: SessionId
+    identity: Identity
+    fencing_token: int
+    procedure: int
+
+
+@dataclass(frozen=True, slots=True)
+class AskHolderSession:
+    """Ask the lock's holder whether its procedure still runs."""
+
+    holder: Acquisition
+    identity: Identity
+    procedure: int
+
+
+@dataclass(frozen=True, slots=True)
+class TellHolderState:
+    """Answer such a question."""
+
+    address: Address
+    identity: Identity
+    holder: Acquisition
+    procedure: int
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartAt:
+    """Have `host` claim the identity and start its activation."""
+
+    host: SessionId
+    identity: Identity
+    acquisition: Acquisition
+    expected_revision: int
+    epoch: int
+    remaining_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerPid:
+    """Tell the requester where the activation is."""
+
+    to: Requester
+    pid: Pid
+
+
+@dataclass(frozen=True, slots=True)
+class RedirectTo:
+    """Tell the requester which member owns the partition, as of `epoch`."""
+
+    to: Requester
+    identity: Identity
+    epoch: int
+    owner: SessionId
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Tell the requester why not."""
+
+    to: Requester
+    identity: Identity
+    refusal: Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class NeedTopology:
+    """A newer topology than the known one is spoken of: read it soon."""
+
+    epoch: int
+
+
+ClaimEffect: TypeAlias = (
+    AcquireLock
+    | ReleaseLock
+    | AskOwnerSession
+    | AskHolderSession
+    | TellHolderState
+    | StartAt
+    | AnswerPid
+    | RedirectTo
+    | Refuse
+    | NeedTopology
+    | Happened
+)
+
+
+@dataclass(slots=True, eq=False)
+class _Procedure:
+    """One run of the procedure: what it waits for, and who waits for it.
+
+    `awaiting` is the session whose answer (or end) it waits for; `holder` the
+    acquisition in its way; `may_hold` whether the store may hold its lock.
+    """
+
+    identity: Identity
+    acquisition: Acquisition
+    phase: str
+    waiters: dict[Requester, int] = field(default_factory=dict)
+    revision: int = 0
+    token: int = 0
+    awaiting: SessionId | None = None
+    holder: Acquisition | None = None
+    may_hold: bool = False
+    due_ns: int = 0
+    pause_ns: int = _ASK_AGAIN_NS
+    why: str = "the claim is under way"
+
+    def latest_ns(self) -> int:
+        return max(self.waiters.values())
+
+
+class Claims:
+    """The procedures of one member's partitions.
+
+    Not thread-safe; one actor owns it. Until `adopt` has brought a session and a
+    table every request is refused. Methods return the effects to perform, in
+    order.
+    """
+
+    def __init__(self, *, choose_host: ChooseHost) -> None:
+        self._choose_host = choose_host
+        self._session: SessionId | None = None
+        self._table: PartitionTable | None = None
+        self._why_not = "the node has not started"
+        self._last_number = 0
+        self._running: dict[Identity, _Procedure] = {}
+        self._ahead: dict[Requester, tuple[Identity, int, int]] = {}
+        self._freeing: dict[
+            tuple[Identity, Acquisition], dict[tuple[Address, int], None]
+        ] = {}
+        self._due: list[tuple[int, int, Identity]] = []
+
+    @property
+    def running_count(self) -> int:
+        """How many procedures run."""
+        return len(self._running)
+
+    @property
+    def due_ns(self) -> int | None:
+        """When `tick` is wanted next; none while nothing waits."""
+        first = self._due[0][0] if self._due else None
+        for _, _, deadline_ns in self._ahead.values():
+            first = deadline_ns if first is None else min(first, deadline_ns)
+        return first
+
+    # --- inputs: topology and session ---
+
+    def adopt(
+        self,
+        session: SessionId | None,
+        table: PartitionTable | None,
+        *,
+        closed: Iterable[SessionId] = (),
+        why_not: str = "",
+        now_ns: int,
+    ) -> tuple[ClaimEffect, ...]:
+        """Decide by this session and table from now on; `closed` sessions ended.
+
+        Procedures of another session, or of partitions that moved away, end
+        here: their requesters are sent on.
+        """
+        effects: list[ClaimEffect] = []
+        gone = frozenset(closed)
+        is_same_session = session == self._session
+        self._session, self._table = session, table
+        self._why_not = why_not or self._why_not
+        for identity, procedure in sorted(self._running.items()):
+            owner = table.owner_of(identity) if table is not None else None
+            if not is_same_session or session is None or owner is None:
+                effects += self._end(procedure)
+                effects += self._refuse_all(
+                    procedure, Refusal("NotReady", self._reason())
+                )
+            elif owner.session != session:
+                assert table is not None
+                effects += self._end(procedure)
+                effects += [
+                    RedirectTo(to, identity, table.epoch, owner.session)
+                    for to in procedure.waiters
+                ]
+            elif procedure.awaiting in gone:
+                effects += self._acquire(procedure, now_ns)
+        ahead, self._ahead = self._ahead, {}
+        for to, (identity, epoch, deadline_ns) in ahead.items():
+            effects += self.request(
+                to, identity, epoch=epoch, deadline_ns=deadline_ns, now_ns=now_ns
+            )
+        return tuple(effects)
+
+    def _reason(self) -> str:
+        if self._session is None:
+            return self._why_not
+        if self._table is None:
+            return "the topology is not known yet"
+        return "no member owns partitions"
+
+    # --- inputs: requests ---
+
+    def request(
+        self,
+        to: Requester,
+        identity: Identity,
+        *,
+        epoch: int,
+        deadline_ns: int,
+        now_ns: int,
+    ) -> tuple[ClaimEffect, ...]:
+        """Find or start the activation of `identity`, on behalf of `to`."""
+        session, table = self._session, self._table
+        if session is None or table is None:
+            return (Refuse(to, identity, Refusal("NotReady", self._reason())),)
+        if now_ns >= deadline_ns:
+            return (
+                Refuse(to, identity, Refusal("Pending", "its time was over on arrival")),
+            )
+        if epoch > table.epoch:
+            self._ahead[to] = (identity, epoch, deadline_ns)
+            return (NeedTopology(epoch),)
+        owner = table.owner_of(identity)
+        if owner is None:
+            return (Refuse(to, identity, Refusal("NotReady", self._reason())),)
+        if owner.session != session:
+            return (RedirectTo(to, identity, table.epoch, owner.session),)
+        procedure = self._running.get(identity)
+        if procedure is not None:
+            procedure.waiters[to] = deadline_ns
+            return ()
+        self._last_number += 1
+        procedure = _Procedure(
+            identity, Acquisition(session, self._last_number), "acquiring"
+        )
+        procedure.waiters[to] = deadline_ns
+        self._running[identity] = procedure
+        return self._acquire(procedure, now_ns)
+
+    # --- inputs: outcomes and answers ---
+
+    def acquired(
+        self,
+        request: Acquire,
+        outcome: Acquired | LockHeld | Failed,
+        *,
+        now_ns: int,
+    ) -> tuple[ClaimEffect, ...]:
+        """The store has answered an `AcquireLock`."""
+        procedure = self._found(request.identity, request.acquisition)
+        if procedure is None:
+            # Nobody wants it any more: a lock taken late must not stay.
+            if isinstance(outcome, LockHeld):
+                return ()
+            return (ReleaseLock(Release(request.identity, request.acquisition)),)
+        if procedure.phase != "acquiring":
+            return ()
+        match outcome:
+            case Failed(message):
+                return (
+                    *self._end(procedure),
+                    *self._refuse_all(procedure, Refusal("StoreFailed", message)),
+                )
+            case LockHeld(holder):
+                return self._held(procedure, holder, now_ns)
+            case Acquired(entry, owner_is_open):
+                procedure.may_hold = True
+                procedure.revision = entry.revision
+                procedure.token = entry.fencing_token
+                if entry.owner is not None and owner_is_open:
+                    procedure.phase = "asking owner"
+                    procedure.awaiting = entry.owner
+                    return self._ask(procedure, now_ns)
+                return self._start(procedure, now_ns)
+
+    def owner_answered(
+        self,
+        identity: Identity,
+        session: SessionId,
+        procedure_number: int,
+        state: str,
+        fencing_token: int,
+        *,
+        now_ns: int,
+    ) -> tuple[ClaimEffect, ...]:
+        """The session that the entry names has answered for it."""
+        procedure = self._numbered(identity, procedure_number)
+        if procedure is None:
+            return ()
+        if state == "here" and (
+            fencing_token == procedure.token
+            and procedure.phase in {"asking owner", "acquiring"}
+        ):
+            return self._found_at(procedure, Pid(identity, session, fencing_token))
+        if procedure.phase != "asking owner" or procedure.awaiting != session:
+            return ()
+        if state == "gave_up":
+            return self._acquire(procedure, now_ns)
+        procedure.why = (
+            f"its activation at {session} is being started or ended"
+            if state == "pending"
+            else f"its owner {session} is gone, and not closed yet"
+        )
+        return ()
+
+    def holder_answered(
+        self,
+        identity: Identity,
+        holder: Acquisition,
+        procedure_number: int,
+        state: str,
+        *,
+        now_ns: int,
+    ) -> tuple[ClaimEffect, ...]:
+        """The session that holds the lock has said whether its procedure runs."""
+        procedure = self._numbered(identity, procedure_number)
+        if (
+            procedure is None
+            or procedure.phase != "asking holder"
+            or procedure.holder != holder
+        ):
+            return ()
+        if state == "free":
+            return self._acquire(procedure, now_ns)
+        return ()
+
+    def holder_asked(
+        self,
+        address: Address,
+        identity: Identity,
+        holder: Acquisition,
+        procedure_number: int,
+    ) -> tuple[ClaimEffect, ...]:
+        """Another coordinator finds a lock held by us: say running, or free it."""
+        if holder.session != self._session:
+            return (
+                TellHolderState(address, identity, holder, procedure_number, "not_mine"),
+            )
+        if self._found(identity, holder) is not None:
+            return (
+                TellHolderState(address, identity, holder, procedure_number, "running"),
+            )
+        askers = self._freeing.setdefault((identity, holder), {})
+        askers[(address, procedure_number)] = None
+        return (ReleaseLock(Release(identity, holder)),)
+
+    def released(
+        self, request: Release, *, is_released: bool
+    ) -> tuple[ClaimEffect, ...]:
+        """The store has answered a `ReleaseLock`; whoever asked for it hears so."""
+        askers = self._freeing.pop((request.identity, request.acquisition), {})
+        if not is_released:
+            # They ask again, and so shall we.
+            return ()
+        return tuple(
+            TellHolderState(
+                address, request.identity, request.acquisition, number, "free"
+            )
+            for address, number in askers
+        )
+
+    def started(
+        self,
+        identity: Identity,
+        procedure_number: int,
+        host: SessionId,
+        fencing_token: int,
+    ) -> tuple[ClaimEffect, ...]:
+        """The host has claimed it, and the activation is started."""
+        procedure = self._numbered(identity, procedure_number)
+        if (
+            procedure is None
+            or procedure.phase != "starting"
+            or procedure.awaiting != host
+        ):
+            return ()
+        return self._found_at(procedure, Pid(identity, host, fencing_token))
+
+    def start_refused(
+        self,
+        identity: Identity,
+        procedure_number: int,
+        host: SessionId,
+        refusal: Refusal,
+        *,
+        now_ns: int,
+    ) -> tuple[ClaimEffect, ...]:
+        """The host does not start it, and says why."""
+        procedure = self._numbered(identity, procedure_number)
+        if (
+            procedure is None
+            or procedure.phase != "starting"
+            or procedure.awaiting != host
+        ):
+            return ()
+        if refusal.reason not in _TRANSIENT:
+            return (
+                *self._end(procedure),
+                *self._refuse_all(procedure, refusal),
+            )
+        # The host's knowledge or ours is old: look again, in a while.
+        procedure.phase = "pausing"
+        procedure.why = f"{host} refused: {refusal.message}"
+        self._wait(procedure, now_ns)
+        return (NeedTopology(0),)
+
+    def tick(self, *, now_ns: int) -> tuple[ClaimEffect, ...]:
+        """Send again what was not answered, and refuse whose time is over."""
+        effects: list[ClaimEffect] = []
+        late = [
+            (to, identity)
+            for to, (identity, _, deadline_ns) in self._ahead.items()
+            if now_ns >= deadline_ns
+        ]
+        for to, identity in late:
+            _, epoch, _ = self._ahead.pop(to)
+            effects.append(
+                Refuse(
+                    to,
+                    identity,
+                    Refusal("NotReady", f"the topology of epoch {epoch} is not known"),
+                )
+            )
+        while self._due and self._due[0][0] <= now_ns:
+            due_ns, number, identity = heapq.heappop(self._due)
+            procedure = self._numbered(identity, number)
+            if procedure is not None and procedure.due_ns == due_ns:
+                effects += self._again(procedure, now_ns)
+        return tuple(effects)
+
+    # --- steps ---
+
+    def _found(
+        self, identity: Identity, acquisition: Acquisition
+    ) -> _Procedure | None:
+        procedure = self._running.get(identity)
+        if procedure is not None and procedure.acquisition == acquisition:
+            return procedure
+        return None
+
+    def _numbered(self, identity: Identity, number: int) -> _Procedure | None:
+        procedure = self._running.get(identity)
+        if procedure is not None and procedure.acquisition.procedure == number:
+            return procedure
+        return None
+
+    def _wait(self, procedure: _Procedure, now_ns: int) -> None:
+        """Have it looked at again after its pause, and at its first deadline."""
+        first = min(procedure.waiters.values())
+        if procedure.phase in {"acquiring", "starting"}:
+            pause_ns = _AGAIN_LARGEST_NS
+        else:
+            pause_ns = procedure.pause_ns
+            procedure.pause_ns = min(2 * pause_ns, _AGAIN_LARGEST_NS)
+        procedure.due_ns = max(now_ns + 1, min(now_ns + pause_ns, first))
+        heapq.heappush(
+            self._due,
+            (procedure.due_ns, procedure.acquisition.procedure, procedure.identity),
+        )
+
+    def _acquire(
+        self, procedure: _Procedure, now_ns: int
+    ) -> tuple[ClaimEffect, ...]:
+        procedure.phase = "acquiring"
+        procedure.awaiting = procedure.holder = None
+        procedure.may_hold = True
+        self._wait(procedure, now_ns)
+        return (AcquireLock(Acquire(procedure.identity, procedure.acquisition)),)
+
+    def _held(
+        self, procedure: _Procedure, holder: Acquisition, now_ns: int
+    ) -> tuple[ClaimEffect, ...]:
+        procedure.phase = "asking holder"
+        procedure.may_hold = False
+        procedure.holder = holder
+        procedure.awaiting = holder.session
+        procedure.why = f"the lock is held by {holder.session}"
+        return self._ask(procedure, now_ns)
+
+    def _ask(self, procedure: _Procedure, now_ns: int) -> tuple[ClaimEffect, ...]:
+        self._wait(procedure, now_ns)
+        number = procedure.acquisition.procedure
+        assert procedure.awaiting is not None
+        if procedure.holder is None:
+            return (
+                AskOwnerSession(
+                    procedure.awaiting, procedure.identity, procedure.token, number
+                ),
+            )
+        if procedure.holder.session == self._session:
+            # An earlier procedure of our own, whose release has not arrived.
+            return (ReleaseLock(Release(procedure.identity, procedure.holder)),)
+        return (AskHolderSession(procedure.holder, procedure.identity, number),)
+
+    def _start(self, procedure: _Procedure, now_ns: int) -> tuple[ClaimEffect, ...]:
+        assert self._table is not None
+        try:
+            host = self._choose_host(procedure.identity, self._table)
+        except NoAuthority as error:
+            return (
+                *self._end(procedure),
+                *self._refuse_all(procedure, Refusal.of(error)),
+            )
+        procedure.phase = "starting"
+        procedure.awaiting = host.session
+        procedure.why = f"{host.session} has not answered the start"
+        return self._send_start(procedure, now_ns)
+
+    def _send_start(
+        self, procedure: _Procedure, now_ns: int
+    ) -> tuple[ClaimEffect, ...]:
+        assert self._table is not None
+        assert procedure.awaiting is not None
+        self._wait(procedure, now_ns)
+        return (
+            StartAt(
+                procedure.awaiting,
+                procedure.identity,
+                procedure.acquisition,
+                procedure.revision,
+                self._table.epoch,
+                max(0, procedure.latest_ns() - now_ns),
+            ),
+        )
+
+    def _again(self, procedure: _Procedure, now_ns: int) -> tuple[ClaimEffect, ...]:
+        effects: list[ClaimEffect] = []
+        late = [to for to, until in procedure.waiters.items() if now_ns >= until]
+        for to in late:
+            del procedure.waiters[to]
+            effects.append(
+                Refuse(to, procedure.identity, Refusal("Pending", procedure.why))
+            )
+        if not procedure.waiters:
+            return (*effects, *self._end(procedure))
+        if procedure.phase != "starting":
+            # The store is read anew: it knows which session is closed by now.
+            return (*effects, *self._acquire(procedure, now_ns))
+        assert self._table is not None
+        if procedure.awaiting in self._table.topology:
+            return (*effects, *self._send_start(procedure, now_ns))
+        return (*effects, *self._acquire(procedure, now_ns))
+
+    def _found_at(self, procedure: _Procedure, pid: Pid) -> tuple[ClaimEffect, ...]:
+        if procedure.phase == "starting":
+            procedure.may_hold = False  # the claim's own write has released it
+        return (
+            *self._end(procedure),
+            *(AnswerPid(to, pid) for to in procedure.waiters),
+        )
+
+    def _end(self, procedure: _Procedure) -> tuple[ClaimEffect, ...]:
+        del self._running[procedure.identity]
+        if not procedure.may_hold:
+            return ()
+        return (ReleaseLock(Release(procedure.identity, procedure.acquisition)),)
+
+    def _refuse_all(
+        self, procedure: _Procedure, refusal: Refusal
+    ) -> tuple[ClaimEffect, ...]:
+        return (
+            Happened(
+                kind="placement",
+                name="ClaimRefused",
+                identity=procedure.identity,
+                reason=f"{refusal.reason}: {refusal.message}",
+            ),
+            *(Refuse(to, procedure.identity, refusal) for to in procedure.waiters),
+        )

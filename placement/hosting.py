@@ -1,0 +1,521 @@
+"""Hosting: what one node runs, from the claim of an identity to its giving up.
+
+For one identity a host claims, starts, ends or gives up, never two of them at
+once; who asks meanwhile hears `pending`. An activation is bound to the session
+under which its entry was written, and ends with that session.
+"""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from placement.contracts import (
+    Claim,
+    Claimed,
+    ClaimRefused,
+    Failed,
+    GivenUp,
+    GiveUp,
+    Stale,
+)
+from placement.entry import Acquisition, ActivationRecord, Pid
+from placement.errors import Refusal
+from placement.event import Happened
+from placement.identity import Identity
+from placement.topology import Address, SessionId, address_of
+
+_AGAIN_FIRST_NS = 50_000_000
+_AGAIN_LARGEST_NS = 1_000_000_000
+
+
+# --- effects -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimEntry:
+    """Write the claim; the outcome comes back by `claimed`."""
+
+    request: Claim
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUpEntry:
+    """Clear the owner; the outcome comes back by `given_up`."""
+
+    request: GiveUp
+
+
+@dataclass(frozen=True, slots=True)
+class StartActivation:
+    """Start what the store has confirmed; `started` or `start_failed` follows."""
+
+    pid: Pid
+    record: ActivationRecord
+
+
+@dataclass(frozen=True, slots=True)
+class StopActivation:
+    """End it; `ended` follows when its last user code has been left."""
+
+    pid: Pid
+    lapsed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TellStarted:
+    """Tell the coordinator that the procedure is done."""
+
+    to: Address
+    pid: Pid
+    procedure: int
+
+
+@dataclass(frozen=True, slots=True)
+class TellStartRefused:
+    """Tell the coordinator why nothing was started."""
+
+    to: Address
+    identity: Identity
+    procedure: int
+    host: SessionId
+    refusal: Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class TellOwnerState:
+    """Answer a coordinator's question about an entry of `session`."""
+
+    to: Address
+    identity: Identity
+    session: SessionId
+    procedure: int
+    state: str
+    fencing_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSettled:
+    """Nothing of that session runs or is under way any more: it may be closed."""
+
+    session: SessionId
+
+
+HostingEffect: TypeAlias = (
+    ClaimEntry
+    | GiveUpEntry
+    | StartActivation
+    | StopActivation
+    | TellStarted
+    | TellStartRefused
+    | TellOwnerState
+    | SessionSettled
+    | Happened
+)
+
+
+@dataclass(slots=True, eq=False)
+class _Hosted:
+    """One identity on this node. `state` is claiming, starting, active, ending or
+    giving up; a lapsed one is ending or gone.
+    """
+
+    identity: Identity
+    session: SessionId
+    state: str
+    claim: Claim | None = None
+    pid: Pid | None = None
+    give_up: GiveUp | None = None
+    asked_by: tuple[Address, int] | None = None
+    ends_lapsed: bool = False
+    why_failed: Refusal | None = None
+    due_ns: int = 0
+    pause_ns: int = _AGAIN_FIRST_NS
+
+
+class Hosting:
+    """The identities of one node, each in one state at a time.
+
+    Not thread-safe; one actor owns it. Methods return the effects to perform,
+    in order.
+    """
+
+    def __init__(self, *, kinds: frozenset[str]) -> None:
+        self._kinds = kinds
+        self._session: SessionId | None = None
+        self._why_not = "the node has not started"
+        self._is_draining = False
+        self._last_attempt = 0
+        self._hosted: dict[Identity, _Hosted] = {}
+        self._again: dict[Identity, _Hosted] = {}
+        self._leaving: dict[SessionId, None] = {}
+
+    def __len__(self) -> int:
+        return len(self._hosted)
+
+    @property
+    def session(self) -> SessionId | None:
+        """The session under which it claims; none while it is not eligible."""
+        return self._session
+
+    @property
+    def due_ns(self) -> int | None:
+        """When `tick` is wanted next."""
+        return min((each.due_ns for each in self._again.values()), default=None)
+
+    def state_of(self, identity: Identity) -> str | None:
+        """What is going on with `identity` here."""
+        hosted = self._hosted.get(identity)
+        return None if hosted is None else hosted.state
+
+    def states(self) -> tuple[tuple[Identity, str, Pid | None], ...]:
+        """All of them, sorted by identity."""
+        return tuple(
+            (identity, hosted.state, hosted.pid)
+            for identity, hosted in sorted(self._hosted.items())
+        )
+
+    # --- inputs: the session ---
+
+    def begin(self, session: SessionId) -> tuple[HostingEffect, ...]:
+        """Host under `session` from now on."""
+        self._session = session
+        return ()
+
+    def lapse(self, session: SessionId, why: str) -> tuple[HostingEffect, ...]:
+        """`session` is over: end all that is bound to it, without its hooks."""
+        if self._session == session:
+            self._session, self._why_not = None, why
+        effects: list[HostingEffect] = []
+        for identity, hosted in sorted(self._hosted.items()):
+            if hosted.session != session:
+                continue
+            match hosted.state:
+                case "starting" | "active" | "ending":
+                    if not hosted.ends_lapsed:
+                        hosted.ends_lapsed = True
+                        hosted.state = "ending"
+                        assert hosted.pid is not None
+                        effects.append(StopActivation(hosted.pid, lapsed=True))
+                case "claiming":
+                    effects += self._refuse_start(
+                        hosted, Refusal("NotReady", f"{session} has lapsed")
+                    )
+                    effects += self._remove(hosted)
+                case _:
+                    # Whoever closes the session frees the entry.
+                    effects += self._remove(hosted)
+        return (*effects, *self._leave(session))
+
+    def drain(self, why: str) -> tuple[HostingEffect, ...]:
+        """Start nothing new, and end all that runs, each with its hook."""
+        self._is_draining, self._why_not = True, why
+        session = self._session
+        effects: list[HostingEffect] = []
+        for identity in sorted(self._hosted):
+            effects += self.passivate(identity)
+        if session is not None:
+            effects += self._leave(session)
+        return tuple(effects)
+
+    def _leave(self, session: SessionId) -> tuple[HostingEffect, ...]:
+        self._leaving[session] = None
+        return self._settled(session)
+
+    def _settled(self, session: SessionId) -> tuple[HostingEffect, ...]:
+        if session not in self._leaving or any(
+            each.session == session for each in self._hosted.values()
+        ):
+            return ()
+        del self._leaving[session]
+        return (SessionSettled(session),)
+
+    # --- inputs: starting ---
+
+    def start(
+        self,
+        identity: Identity,
+        *,
+        acquisition: Acquisition,
+        host: SessionId,
+        expected_revision: int,
+    ) -> tuple[HostingEffect, ...]:
+        """A coordinator wants it started here: claim it, or say why not."""
+        to = address_of(acquisition.session)
+        procedure = acquisition.procedure
+        refusal = self._refusal(identity, host)
+        hosted = self._hosted.get(identity)
+        if hosted is not None and refusal is None:
+            if hosted.state == "active":
+                assert hosted.pid is not None
+                return (TellStarted(to, hosted.pid, procedure),)
+            if hosted.claim is not None and hosted.claim.acquisition == acquisition:
+                return ()  # a repeated one: the first will be answered
+            refusal = Refusal("Pending", f"{identity} is {hosted.state} here")
+        if refusal is not None:
+            return (TellStartRefused(to, identity, procedure, host, refusal),)
+        self._last_attempt += 1
+        claim = Claim(
+            identity, host, self._last_attempt, acquisition, expected_revision
+        )
+        self._hosted[identity] = _Hosted(
+            identity, host, "claiming", claim=claim, asked_by=(to, procedure)
+        )
+        return (ClaimEntry(claim),)
+
+    def _refusal(self, identity: Identity, host: SessionId) -> Refusal | None:
+        if self._session is None:
+            return Refusal("NotReady", self._why_not)
+        if host != self._session:
+            return Refusal("NotReady", f"{host} is not the session of this node now")
+        if self._is_draining:
+            return Refusal("NoAuthority", self._why_not)
+        if identity.kind not in self._kinds:
+            return Refusal("NoAuthority", f"kind {identity.kind!r} is not known here")
+        return None
+
+    def claimed(
+        self,
+        request: Claim,
+        outcome: Claimed | ClaimRefused | Failed,
+        *,
+        now_ns: int,
+    ) -> tuple[HostingEffect, ...]:
+        """The store has answered a claim."""
+        hosted = self._hosted.get(request.identity)
+        if hosted is None or hosted.claim != request or hosted.state != "claiming":
+            # The session of that claim is over; its closing frees the entry.
+            return ()
+        match outcome:
+            case Failed(_, may_have_happened=True):
+                # The same attempt again: the store confirms it or makes it, and
+                # either way says so. Nothing else is safe to conclude.
+                self._try_again(hosted, now_ns)
+                return ()
+            case Failed(message):
+                return (
+                    *self._refuse_start(hosted, Refusal("StoreFailed", message)),
+                    *self._remove(hosted),
+                )
+            case ClaimRefused(_, message):
+                return (
+                    *self._refuse_start(hosted, Refusal("LockDenied", message)),
+                    *self._remove(hosted),
+                )
+            case Claimed(entry):
+                self._again.pop(hosted.identity, None)
+                pid = Pid(entry.identity, hosted.session, entry.fencing_token)
+                hosted.pid = pid
+                if self._is_draining:
+                    hosted.why_failed = Refusal("NoAuthority", self._why_not)
+                    return self._give_up(hosted)
+                hosted.state = "starting"
+                return (
+                    Happened(
+                        kind="placement",
+                        name="Claimed",
+                        identity=pid.identity,
+                        session=pid.session,
+                        token=pid.fencing_token,
+                    ),
+                    StartActivation(pid, entry.record),
+                )
+
+    def started(self, pid: Pid) -> tuple[HostingEffect, ...]:
+        """The activation serves."""
+        hosted = self._of(pid)
+        if hosted is None or hosted.state != "starting":
+            return ()
+        hosted.state = "active"
+        effects: list[HostingEffect] = [
+            Happened(
+                kind="actor",
+                name="Activated",
+                identity=pid.identity,
+                session=pid.session,
+                token=pid.fencing_token,
+            )
+        ]
+        if hosted.asked_by is not None:
+            to, procedure = hosted.asked_by
+            effects.append(TellStarted(to, pid, procedure))
+        if self._is_draining:
+            effects += self.passivate(pid.identity)
+        return tuple(effects)
+
+    def start_failed(self, pid: Pid, refusal: Refusal) -> tuple[HostingEffect, ...]:
+        """The activation did not start; give the entry up, then say why."""
+        hosted = self._of(pid)
+        if hosted is None:
+            return ()
+        event = Happened(
+            kind="actor",
+            name="ActivationFailed",
+            identity=pid.identity,
+            session=pid.session,
+            token=pid.fencing_token,
+            reason=refusal.message,
+        )
+        if hosted.ends_lapsed:
+            return (
+                event,
+                *self._refuse_start(hosted, refusal),
+                *self._remove(hosted),
+            )
+        hosted.why_failed = refusal
+        return (event, *self._give_up(hosted))
+
+    # --- inputs: ending ---
+
+    def passivate(
+        self, identity: Identity, *, fencing_token: int | None = None
+    ) -> tuple[HostingEffect, ...]:
+        """End the activation, with its hook; one that is not active is left alone."""
+        hosted = self._hosted.get(identity)
+        if hosted is None or hosted.state != "active":
+            return ()
+        assert hosted.pid is not None
+        if fencing_token is not None and fencing_token != hosted.pid.fencing_token:
+            return ()
+        hosted.state = "ending"
+        return (StopActivation(hosted.pid, lapsed=False),)
+
+    def ended(
+        self, pid: Pid, *, version: int, snapshot: bytes | None
+    ) -> tuple[HostingEffect, ...]:
+        """Its last user code has been left; `snapshot` is to be kept as `version`."""
+        hosted = self._of(pid)
+        if hosted is None:
+            return ()
+        event = Happened(
+            kind="actor",
+            name="Lapsed" if hosted.ends_lapsed else "Passivated",
+            identity=pid.identity,
+            session=pid.session,
+            token=pid.fencing_token,
+        )
+        if hosted.ends_lapsed:
+            return (event, *self._remove(hosted))
+        return (event, *self._give_up(hosted, version=version, snapshot=snapshot))
+
+    def given_up(
+        self, request: GiveUp, outcome: GivenUp | Stale | Failed, *, now_ns: int
+    ) -> tuple[HostingEffect, ...]:
+        """The store has answered a giving up."""
+        hosted = self._hosted.get(request.identity)
+        if hosted is None or hosted.give_up != request:
+            return ()
+        if isinstance(outcome, Failed):
+            if request.snapshot is not None and not outcome.may_have_happened:
+                # The last snapshot cannot be kept: say so, and free the entry.
+                bare = GiveUp(request.identity, request.fencing_token)
+                hosted.give_up = bare
+                return (
+                    self._lost(hosted, outcome.message),
+                    GiveUpEntry(bare),
+                )
+            self._try_again(hosted, now_ns)
+            return ()
+        effects: list[HostingEffect] = []
+        if isinstance(outcome, Stale) and request.snapshot is not None:
+            effects.append(self._lost(hosted, "a greater token has been claimed"))
+        if hosted.why_failed is not None:
+            effects += self._refuse_start(hosted, hosted.why_failed)
+        return (*effects, *self._remove(hosted))
+
+    def _lost(self, hosted: _Hosted, message: str) -> Happened:
+        return Happened(
+            kind="actor",
+            name="SnapshotLost",
+            identity=hosted.identity,
+            session=hosted.session,
+            reason=message,
+        )
+
+    # --- inputs: questions ---
+
+    def asked(
+        self,
+        to: Address,
+        identity: Identity,
+        *,
+        session: SessionId,
+        fencing_token: int,
+        procedure: int,
+        own: frozenset[SessionId],
+    ) -> tuple[HostingEffect, ...]:
+        """A coordinator asks `session` for what the store says it owns.
+
+        `own` are the open sessions of this very incarnation.
+        """
+
+        def state(text: str, token: int = 0) -> TellOwnerState:
+            return TellOwnerState(to, identity, session, procedure, text, token)
+
+        hosted = self._hosted.get(identity)
+        if session not in own:
+            return (state("not_mine"),)
+        if hosted is None:
+            # Left behind: nothing of it runs here, so free it.
+            hosted = _Hosted(
+                identity,
+                session,
+                "giving up",
+                pid=Pid(identity, session, fencing_token),
+            )
+            self._hosted[identity] = hosted
+            return (state("pending"), *self._give_up(hosted))
+        if hosted.state == "active" and hosted.session == session:
+            assert hosted.pid is not None
+            return (state("here", hosted.pid.fencing_token),)
+        return (state("pending"),)
+
+    def tick(self, *, now_ns: int) -> tuple[HostingEffect, ...]:
+        """Repeat the writes whose outcome is not known."""
+        effects: list[HostingEffect] = []
+        for identity, hosted in sorted(self._again.items()):
+            if hosted.due_ns > now_ns:
+                continue
+            del self._again[identity]
+            if hosted.state == "claiming":
+                assert hosted.claim is not None
+                effects.append(ClaimEntry(hosted.claim))
+            elif hosted.give_up is not None:
+                effects.append(GiveUpEntry(hosted.give_up))
+        return tuple(effects)
+
+    # --- steps ---
+
+    def _of(self, pid: Pid) -> _Hosted | None:
+        hosted = self._hosted.get(pid.identity)
+        return hosted if hosted is not None and hosted.pid == pid else None
+
+    def _try_again(self, hosted: _Hosted, now_ns: int) -> None:
+        hosted.due_ns = now_ns + hosted.pause_ns
+        hosted.pause_ns = min(2 * hosted.pause_ns, _AGAIN_LARGEST_NS)
+        self._again[hosted.identity] = hosted
+
+    def _give_up(
+        self, hosted: _Hosted, *, version: int = 0, snapshot: bytes | None = None
+    ) -> tuple[HostingEffect, ...]:
+        assert hosted.pid is not None
+        hosted.state = "giving up"
+        hosted.give_up = GiveUp(
+            hosted.identity, hosted.pid.fencing_token, version, snapshot
+        )
+        return (GiveUpEntry(hosted.give_up),)
+
+    def _refuse_start(
+        self, hosted: _Hosted, refusal: Refusal
+    ) -> tuple[HostingEffect, ...]:
+        if hosted.asked_by is None:
+            return ()
+        to, procedure = hosted.asked_by
+        return (
+            TellStartRefused(
+                to, hosted.identity, procedure, hosted.session, refusal
+            ),
+        )
+
+    def _remove(self, hosted: _Hosted) -> tuple[HostingEffect, ...]:
+        del self._hosted[hosted.identity]
+        self._again.pop(hosted.identity, None)
+        return self._settled(hosted.session)
