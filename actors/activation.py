@@ -1,0 +1,730 @@
+"""Activations of Grains: a mailbox, the user's object, and a guard before each entry.
+
+All user code of a Grain runs on its node's grain dispatcher, one turn at a time.
+A turn that awaits holds the mailbox. What a turn sends after a save leaves only
+when the store has confirmed that save (the output gate).
+"""
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, Protocol
+
+import structlog
+
+from actors.context import Context, Timer
+from actors.dispatch import Dispatcher
+from actors.future import Future, running
+from actors.grain import Grain, Surface
+from actors.kind import Kind
+from messages import payload as payloads
+from placement.contracts import Failed, Save, Saved, Stale
+from placement.entry import ActivationRecord, Pid
+from placement.errors import (
+    BadMessage,
+    Deadlock,
+    HandlerFailed,
+    NotReady,
+    OutcomeUnknown,
+    Overloaded,
+    Pending,
+    PlacementError,
+    Refusal,
+    Rejected,
+    StoreFailed,
+)
+from placement.event import Happened
+from placement.identity import Identity
+from placement.lease import Guard
+
+_log = structlog.get_logger("actors")
+
+TURNS_AT_ONCE = 64
+_SAVE_AGAIN_NS = 50_000_000
+_SAVES_MAX = 6
+
+FOREIGN = (
+    "a Grain awaits only what its context gives: await self.context.proxy(...).m() "
+    "or await self.context.ref(...).ask_async(...)"
+)
+
+
+class Origin(Protocol):
+    """Where a mail came from, and what becomes of it is told. Returns at once."""
+
+    def answered(self, mail: "Mail", value: Any, pid: Pid) -> None:
+        """It was handled; `value` is the answer."""
+
+    def failed(self, mail: "Mail", error: PlacementError) -> None:
+        """It was refused, or ended without an answer."""
+
+    def bounced(self, mail: "Mail", pid: Pid) -> None:
+        """It reached no user code; it may be sent elsewhere."""
+
+
+@dataclass(slots=True, eq=False)
+class Mail:
+    """One message in a mailbox. `number` is the sender's; 0 deadline is none."""
+
+    payload: Any
+    request_id: str
+    chain: tuple[str, ...]
+    deadline_ns: int
+    is_ask: bool
+    origin: Origin
+    number: int = 0
+    carried: Any = None
+
+
+class Host(Protocol):
+    """What an activation needs of its node; each returns at once."""
+
+    dispatcher: Dispatcher
+    random: Random
+
+    def now_ns(self) -> int:
+        """The node's clock."""
+
+    def wall_ms(self) -> int:
+        """The wall clock."""
+
+    def save(
+        self, request: Save, reply: Callable[[Save, Saved | Stale | Failed], None]
+    ) -> None:
+        """Store; the reply runs on the grain dispatcher."""
+
+    def started(self, pid: Pid) -> None:
+        """The activation serves."""
+
+    def start_failed(self, pid: Pid, refusal: Refusal) -> None:
+        """It does not."""
+
+    def ended(self, pid: Pid, version: int, snapshot: bytes | None) -> None:
+        """Its last user code has been left, and its mailbox is sealed."""
+
+    def passivate(self, pid: Pid) -> None:
+        """End it soon."""
+
+    def seal(self, activation: "Activation") -> None:
+        """Call `activation.bounce_all` so that no later mail overtakes those."""
+
+    def publish(self, happened: Happened) -> None:
+        """Tell the subscribers."""
+
+    def handled(self, pid: Pid) -> None:
+        """A message has been handled."""
+
+    def touch(self, pid: Pid, now_ns: int) -> None:
+        """It has been used."""
+
+    def send(
+        self,
+        identity: Identity,
+        payload: Any,
+        *,
+        future: Future | None,
+        timeout: float | None,
+        request_id: str,
+        chain: tuple[str, ...],
+    ) -> None:
+        """Send a message, as of the moment of the call."""
+
+
+class Activation(Protocol):
+    """One live instance of an identity on this node, however it is hosted."""
+
+    pid: Pid
+    guard: Guard
+
+    def start(self) -> None:
+        """Run its first hook, then report."""
+
+    def deliver(self, mail: Mail) -> bool:
+        """Queue; false where nothing is queued any more (the mail is not here).
+
+        Called with the node's lock held. A full inbox is told to the origin.
+        """
+
+    def stop(self, *, lapsed: bool) -> None:
+        """End it, from any thread; `Host.ended` follows."""
+
+    def bounce_all(self) -> None:
+        """Seal the mailbox and give back what is in it; the node's lock is held."""
+
+
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """User code under way: what for, and the coroutine if it has awaited."""
+
+    purpose: str
+    mail: Mail | None = None
+    name: str = ""
+    coroutine: Coroutine[Any, Any, Any] | None = None
+    awaiting: Future | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _TimerMail:
+    """A timer that has fired, waiting for its turn."""
+
+    timer: Timer
+
+
+@dataclass(slots=True, eq=False)
+class OutputGate:
+    """What may not leave before the store has confirmed a save.
+
+    Outputs are pairs: what to do when it is confirmed, and when it never will be.
+    """
+
+    version: int
+    confirmed: int
+    waiting: deque[tuple[int, Callable[[], None], Callable[[PlacementError], None]]] = (
+        field(default_factory=deque)
+    )
+
+    def put(
+        self, leave: Callable[[], None], never: Callable[[PlacementError], None]
+    ) -> bool:
+        """Keep it if a save is not confirmed; false: it may leave now."""
+        if self.confirmed >= self.version and not self.waiting:
+            return False
+        self.waiting.append((self.version, leave, never))
+        return True
+
+    def confirm(self, version: int) -> Iterator[Callable[[], None]]:
+        """The store has confirmed `version`: what may leave now, in order."""
+        self.confirmed = max(self.confirmed, version)
+        while self.waiting and self.waiting[0][0] <= self.confirmed:
+            yield self.waiting.popleft()[1]
+
+    def fail(self, error: PlacementError) -> None:
+        """Nothing that waits will ever leave."""
+        while self.waiting:
+            self.waiting.popleft()[2](error)
+
+
+class GrainActivation:
+    """One Grain: driven on its node's grain dispatcher."""
+
+    def __init__(
+        self, pid: Pid, record: ActivationRecord, *, guard: Guard, kind: Kind, host: Host
+    ) -> None:
+        self.pid = pid
+        self.guard = guard
+        self.kind = kind
+        self._host = host
+        self._record = record
+        self._mailbox: deque[Mail | _TimerMail] = deque()
+        self._is_scheduled = False
+        self._state = "starting"
+        self._is_sealed = False
+        self._turn: _Turn | None = None
+        self._gate = OutputGate(record.version, record.version)
+        self._last_saved = record.snapshot
+        self._saves_failed = 0
+        self._timers: dict[Timer, None] = {}
+        self._grain: Grain[Any] | None = None
+        self._surface: Surface | None = None
+        self._is_passivating = False
+        self.context = Context(self, pid, record.snapshot)
+
+    # --- from any thread -----------------------------------------------------
+
+    def start(self) -> None:
+        """Run its first hook, then report."""
+        self._host.dispatcher.post(self._start)
+
+    def deliver(self, mail: Mail) -> bool:
+        """Queue; the node's lock is held."""
+        if self._is_sealed:
+            return False
+        if len(self._mailbox) >= self.kind.inbox_max:
+            mail.origin.failed(
+                mail, Overloaded(f"{self.pid.identity}: its inbox is full")
+            )
+            return True
+        self._mailbox.append(mail)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self._host.dispatcher.post(self._run)
+        return True
+
+    def stop(self, *, lapsed: bool) -> None:
+        """End it; `Host.ended` follows."""
+        self._host.dispatcher.post(self._lapse if lapsed else self._passivate)
+
+    def bounce_all(self) -> None:
+        """Seal the mailbox and give back what is in it; the node's lock is held."""
+        self._is_sealed = True
+        while self._mailbox:
+            mail = self._mailbox.popleft()
+            if isinstance(mail, Mail):
+                mail.origin.bounced(mail, self.pid)
+
+    # --- turns ---------------------------------------------------------------
+
+    def _start(self) -> None:
+        if self._state != "starting":
+            return
+        if not self.guard.is_open(self._host.now_ns()):
+            self._lapse()
+            return
+        self._turn = turn = _Turn("activate")
+        running.activation = self
+        try:
+            self._grain = grain = self.kind.make(self.context)
+            self._surface = Surface.of(type(grain))
+            grain.context = self.context
+            self._surface.load(grain, self._record.snapshot)
+            result = grain.on_activate()
+        except Exception as error:  # user code may raise anything
+            self._returned(turn, None, error)
+            return
+        finally:
+            running.activation = None
+        self._returned(turn, result, None)
+
+    def _run(self) -> None:
+        """Handle what is in the mailbox, a bounded number at once."""
+        self._is_scheduled = False
+        for _ in range(TURNS_AT_ONCE):
+            if self._turn is not None or self._state != "active":
+                return
+            try:
+                mail = self._mailbox.popleft()
+            except IndexError:
+                return
+            if isinstance(mail, Mail):
+                self._handle(mail)
+            else:
+                self._fire(mail.timer)
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._mailbox and not self._is_scheduled:
+            self._is_scheduled = True
+            self._host.dispatcher.post(self._run)
+
+    def _handle(self, mail: Mail) -> None:
+        host = self._host
+        now_ns = host.now_ns()
+        if not self.guard.is_open(now_ns):
+            self._mailbox.appendleft(mail)
+            self._lapse()
+            return
+        if mail.deadline_ns and mail.deadline_ns <= now_ns:
+            mail.origin.failed(mail, Pending("its time was over before it was handled"))
+            return
+        host.touch(self.pid, now_ns)
+        turn = _Turn("handle", mail)
+        grain, surface = self._grain, self._surface
+        assert grain is not None
+        assert surface is not None
+        payload = mail.payload
+        call: Callable[..., Any]
+        if surface.is_call(payload):
+            try:
+                call, arguments, turn.name = surface.decode_call(payload)
+            except BadMessage as error:
+                mail.origin.failed(mail, error)
+                return
+        else:
+            call, arguments = type(grain).on_receive, {"message": payload}
+        self._turn = turn
+        running.activation = self
+        try:
+            if turn.name:
+                result = call(grain, **arguments)
+            else:
+                result = grain.on_receive(payload)
+        except Exception as error:  # user code may raise anything
+            self._returned(turn, None, error)
+            return
+        finally:
+            running.activation = None
+        self._returned(turn, result, None)
+
+    def _fire(self, timer: Timer) -> None:
+        if self._timers.pop(timer, 0) == 0 or timer.is_cancelled:
+            return
+        if not self.guard.is_open(self._host.now_ns()):
+            self._lapse()
+            return
+        self._turn = turn = _Turn("timer")
+        running.activation = self
+        try:
+            result = timer.call()
+        except Exception as error:  # user code may raise anything
+            self._returned(turn, None, error)
+            return
+        finally:
+            running.activation = None
+        self._returned(turn, result, None)
+
+    def _returned(self, turn: _Turn, result: Any, error: Exception | None) -> None:
+        """User code came back: with a result, an error, or a coroutine to drive."""
+        if error is None and inspect.iscoroutine(result):
+            turn.coroutine = result
+            self._step(turn, None, None)
+        else:
+            self._finish(turn, result, error)
+
+    def _step(self, turn: _Turn, value: Any, error: BaseException | None) -> None:
+        """Enter the coroutine once more."""
+        coroutine = turn.coroutine
+        assert coroutine is not None
+        if not self.guard.is_open(self._host.now_ns()):
+            self._lapse()
+            return
+        while True:
+            running.activation = self
+            try:
+                if error is None:
+                    token = coroutine.send(value)
+                else:
+                    token = coroutine.throw(error)
+            except StopIteration as stop:
+                running.activation = None
+                self._finish(turn, stop.value, None)
+                return
+            except Exception as raised:  # user code may raise anything
+                running.activation = None
+                self._finish(turn, None, raised)
+                return
+            finally:
+                running.activation = None
+            if isinstance(token, Future) and token.owner is self:
+                turn.awaiting = token
+                token.on_done(self._awaited)
+                return
+            value, error = None, RuntimeError(FOREIGN)
+
+    def _awaited(self, token: Future) -> None:
+        self._host.dispatcher.post(self._resume, token)
+
+    def _resume(self, token: Future) -> None:
+        turn = self._turn
+        if turn is None or turn.awaiting is not token:
+            return  # the coroutine has been closed meanwhile
+        turn.awaiting = None
+        try:
+            value, error = token.get(timeout=0), None
+        except Exception as raised:  # what the awaited call failed with
+            value, error = None, raised
+        self._step(turn, value, error)
+
+    def _finish(self, turn: _Turn, result: Any, error: Exception | None) -> None:
+        """The turn is over."""
+        self._turn = None
+        match turn.purpose:
+            case "handle":
+                assert turn.mail is not None
+                self._host.handled(self.pid)
+                self._answer(turn, turn.mail, result, error)
+            case "activate":
+                self._activated(error)
+                return
+            case "passivate":
+                self._passivated(result, error)
+                return
+            case _:
+                if error is not None:
+                    self._troubled(error)
+        if self._is_passivating:
+            self._passivate()
+        else:
+            self._schedule()
+
+    def _answer(
+        self, turn: _Turn, mail: Mail, result: Any, error: Exception | None
+    ) -> None:
+        if error is None and mail.is_ask:
+            assert self._surface is not None
+            try:
+                if turn.name:
+                    result = self._surface.encode_answer(turn.name, result)
+                result = payloads.copy(result)
+            except BadMessage as bad:
+                error = HandlerFailed("BadMessage", f"its answer: {bad}")
+        if error is None:
+            if mail.is_ask:
+                self._emit(
+                    lambda: mail.origin.answered(mail, result, self.pid),
+                    lambda unknown: mail.origin.failed(mail, unknown),
+                )
+            return
+        if isinstance(error, Rejected):
+            failure: PlacementError = error
+        else:
+            failure = (
+                error
+                if isinstance(error, HandlerFailed)
+                else HandlerFailed(type(error).__name__, str(error))
+            )
+            self._troubled(error)
+        self._emit(
+            lambda: mail.origin.failed(mail, failure),
+            lambda unknown: mail.origin.failed(mail, unknown),
+        )
+
+    def _troubled(self, error: Exception) -> None:
+        """User code raised: say so, and put the state back to the last save."""
+        _log.error("handler failed", identity=str(self.pid.identity), exc_info=error)
+        self._host.publish(
+            Happened(
+                kind="actor",
+                name="HandlerFailed",
+                identity=self.pid.identity,
+                session=self.pid.session,
+                token=self.pid.fencing_token,
+                reason=f"{type(error).__name__}: {error}",
+            )
+        )
+        assert self._surface is not None
+        assert self._grain is not None
+        self._surface.load(self._grain, self._last_saved)
+        if self.kind.on_error == "stop":
+            self._host.passivate(self.pid)
+
+    # --- beginning and ending ------------------------------------------------
+
+    def _activated(self, error: Exception | None) -> None:
+        if error is None:
+            self._state = "active"
+            self._emit(lambda: self._host.started(self.pid), lambda _: None)
+            if self._is_passivating:
+                self._passivate()
+            else:
+                self._schedule()
+            return
+        _log.error("activation failed", identity=str(self.pid.identity), exc_info=error)
+        self._state = "ended"
+        self._end_timers()
+        self._host.seal(self)
+        self._host.start_failed(
+            self.pid,
+            Refusal(
+                "ActivationFailed",
+                f"{self.pid.identity}: {type(error).__name__}: {error}",
+            ),
+        )
+
+    def _passivate(self) -> None:
+        """Run the last hook, once the turn under way is over."""
+        self._is_passivating = True
+        if self._turn is not None or self._state != "active":
+            return
+        if not self.guard.is_open(self._host.now_ns()):
+            self._lapse()
+            return
+        self._state = "ending"
+        self._end_timers()
+        self._turn = turn = _Turn("passivate")
+        running.activation = self
+        assert self._grain is not None
+        try:
+            result = self._grain.on_passivate()
+        except Exception as error:  # user code may raise anything
+            self._returned(turn, None, error)
+            return
+        finally:
+            running.activation = None
+        self._returned(turn, result, None)
+
+    def _passivated(self, result: Any, error: Exception | None) -> None:
+        if error is None and not (result is None or isinstance(result, bytes)):
+            error = TypeError(
+                f"on_passivate returns bytes or None, not {type(result).__name__}"
+            )
+        snapshot = result if error is None else None
+        if error is not None:
+            self._troubled(error)
+        # The end is an output too: it waits for the saves before it.
+        self._emit(lambda: self._report(snapshot), lambda _: self._report(None))
+
+    def _report(self, snapshot: bytes | None) -> None:
+        if self._state == "ended":
+            return
+        self._state = "ended"
+        self._host.seal(self)
+        version = self._gate.version + (snapshot is not None)
+        self._host.ended(self.pid, version, snapshot)
+
+    def _lapse(self) -> None:
+        """The lease is over: enter no user code, let nothing leave."""
+        if self._state == "ended":
+            return
+        self.guard.shut()
+        self._state = "ended"
+        self._end_timers()
+        turn, self._turn = self._turn, None
+        unknown = OutcomeUnknown(f"{self.pid.identity}: its host lost its lease")
+        if turn is not None and turn.coroutine is not None:
+            running.activation = self
+            try:
+                turn.coroutine.close()
+            except Exception as error:  # a finally of user code may raise
+                _log.error("coroutine did not close", exc_info=error)
+            finally:
+                running.activation = None
+        if turn is not None and turn.mail is not None:
+            turn.mail.origin.failed(turn.mail, unknown)
+        self._gate.fail(unknown)
+        self._host.seal(self)
+        self._host.ended(self.pid, 0, None)
+
+    def _end_timers(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+
+    # --- output and saves ----------------------------------------------------
+
+    def _emit(
+        self, leave: Callable[[], None], never: Callable[[PlacementError], None]
+    ) -> None:
+        if self._gate.put(leave, never):
+            return
+        if self.guard.is_open(self._host.now_ns()):
+            leave()
+        else:
+            never(OutcomeUnknown(f"{self.pid.identity}: its host lost its lease"))
+
+    def save(self, snapshot: bytes) -> None:
+        """Store `snapshot`; what is sent from now on waits for it."""
+        if self._state == "ended":
+            return
+        if not isinstance(snapshot, bytes):
+            raise TypeError(f"save takes bytes, not {type(snapshot).__name__}")
+        self._gate.version += 1
+        self._last_saved = snapshot
+        request = Save(
+            self.pid.identity, self.pid.fencing_token, self._gate.version, snapshot
+        )
+        self._host.save(request, self._saved)
+
+    def _saved(self, request: Save, outcome: Saved | Stale | Failed) -> None:
+        if self._state == "ended" and not self._gate.waiting:
+            return
+        match outcome:
+            case Saved():
+                self._saves_failed = 0
+                if not self.guard.is_open(self._host.now_ns()):
+                    self._lapse()
+                    return
+                for leave in self._gate.confirm(request.version):
+                    leave()
+            case Failed(_, may_have_happened=True) if self._saves_failed < _SAVES_MAX:
+                self._saves_failed += 1
+                host = self._host
+                host.dispatcher.call_at(
+                    host.now_ns() + (_SAVE_AGAIN_NS << self._saves_failed),
+                    host.save,
+                    request,
+                    self._saved,
+                )
+            case Failed(message, may_have_happened):
+                error: PlacementError = (
+                    OutcomeUnknown(f"the store failed: {message}")
+                    if may_have_happened
+                    else StoreFailed(message)
+                )
+                self._lose(error)
+            case Stale(current):
+                self._lose(
+                    OutcomeUnknown(
+                        f"{self.pid.identity}: a save was refused, "
+                        f"token {self.pid.fencing_token} is older than {current}"
+                    )
+                )
+
+    def _lose(self, error: PlacementError) -> None:
+        """A save has failed for good: what it holds back never leaves."""
+        self._host.publish(
+            Happened(
+                kind="actor",
+                name="SaveFailed",
+                identity=self.pid.identity,
+                session=self.pid.session,
+                token=self.pid.fencing_token,
+                reason=str(error),
+            )
+        )
+        self._gate.fail(error)
+        self._lapse()
+
+    # --- what the context asks for -------------------------------------------
+
+    def ask(
+        self, identity: Identity, payload: Any, *, timeout: float | None, request_id: str
+    ) -> Future:
+        """Ask another identity; the future is for this activation to await."""
+        future = Future()
+        future.owner = self
+        mail = None if self._turn is None else self._turn.mail
+        chain = (*(() if mail is None else mail.chain), str(self.pid.identity))
+        if self._state == "ended":
+            future.set_error(NotReady(f"{self.pid.identity} has ended"))
+        elif identity in chain:
+            future.set_error(Deadlock(" -> ".join((*chain, identity))))
+        else:
+            copy = payloads.copy(payload)
+            self._emit(
+                lambda: self._host.send(
+                    identity,
+                    copy,
+                    future=future,
+                    timeout=timeout,
+                    request_id=request_id,
+                    chain=chain,
+                ),
+                future.set_error,
+            )
+        return future
+
+    def tell(self, identity: Identity, payload: Any, *, request_id: str) -> None:
+        """Tell another identity."""
+        if self._state == "ended":
+            return
+        copy = payloads.copy(payload)
+        self._emit(
+            lambda: self._host.send(
+                identity, copy, future=None, timeout=None, request_id=request_id, chain=()
+            ),
+            lambda _: None,
+        )
+
+    def after(self, seconds: float, timer: Timer) -> None:
+        """Run `timer` as a turn of its own, in `seconds`."""
+        self._timers[timer] = None
+        host = self._host
+        timer.scheduled = host.dispatcher.call_at(
+            host.now_ns() + round(seconds * 1e9), self._timer_due, timer
+        )
+
+    def _timer_due(self, timer: Timer) -> None:
+        if timer in self._timers:
+            self._mailbox.append(_TimerMail(timer))
+            self._schedule()
+
+    def passivate_soon(self) -> None:
+        """End after this turn."""
+        self._host.passivate(self.pid)
+
+    @property
+    def request_id(self) -> str:
+        """That of the message being handled."""
+        turn = self._turn
+        return "" if turn is None or turn.mail is None else turn.mail.request_id
+
+    def now_s(self) -> float:
+        """The wall clock, in seconds."""
+        return self._host.wall_ms() / 1000
+
+    @property
+    def random(self) -> Random:
+        """The node's source of chance."""
+        return self._host.random

@@ -1,0 +1,107 @@
+"""The postbox of a node: frames out, numbered; frames in, checked and sorted."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from actors.dispatch import Dispatcher
+from actors.transport import Transport
+from messages.codec import BadFrame, Codec
+from messages.frames import Frame
+from placement.event import Happened
+from placement.topology import Address
+
+
+class Postbox:
+    """Sends and receives the frames of one incarnation of a node.
+
+    A frame to a receiver bears a number that grows; a frame whose number is not
+    above the last of its sender is dropped, so that one which arrives twice is
+    handled once.
+    """
+
+    def __init__(
+        self,
+        *,
+        cluster: str,
+        address: Address,
+        transport: Transport,
+        dispatcher: Dispatcher,
+        handle: Callable[[Address, Frame], None],
+        publish: Callable[[Happened], None],
+    ) -> None:
+        self._codec = Codec(cluster)
+        self._address = address
+        self._transport = transport
+        self._dispatcher = dispatcher
+        self._handle = handle
+        self._publish = publish
+        # One lock for numbering and sending, so that numbers leave in order.
+        self._lock = threading.Lock()
+        self._last_sent: dict[Address, int] = {}
+        self._last_seen: dict[str, int] = {}
+        self._is_open = False
+
+    def open(self) -> None:
+        """Receive from now on."""
+        self._is_open = True
+        self._transport.attach(self._address, self._receive)
+
+    def close(self) -> None:
+        """Send and receive no more."""
+        self._is_open = False
+        self._transport.detach(self._address)
+
+    def kill(self) -> None:
+        """Go silent, as a crash would: what is sent here vanishes."""
+        self._is_open = False
+        self._transport.kill(self._address)
+
+    def send(self, to: Address, body: Frame) -> bool:
+        """Send; false only where it is certain that nobody will receive it."""
+        if not self._is_open:
+            return False
+        if to == self._address:
+            self._dispatcher.post(self._handle_own, body)
+            return True
+        with self._lock:
+            number = self._last_sent.get(to, 0) + 1
+            self._last_sent[to] = number
+            data = self._codec.encode(self._address, to, number, body)
+            return self._transport.send(to, data)
+
+    def send_echo(self, body: Frame) -> None:
+        """Send to itself the whole way: encoded, through the transport."""
+        with self._lock:
+            to = self._address
+            number = self._last_sent.get(to, 0) + 1
+            self._last_sent[to] = number
+            data = self._codec.encode(to, to, number, body)
+            self._transport.send(to, data)
+
+    def forget(self, address: Address) -> None:
+        """That incarnation has ended: nothing comes from it any more."""
+        self._last_sent.pop(address, None)
+        self._last_seen.pop(address, None)
+
+    def _receive(self, data: bytes) -> None:
+        self._dispatcher.post(self._arrived, data)
+
+    def _handle_own(self, body: Frame) -> None:
+        if self._is_open:
+            self._handle(self._address, body)
+
+    def _arrived(self, data: bytes) -> None:
+        if not self._is_open:
+            return
+        try:
+            envelope: Any = self._codec.decode(data, receiver=self._address)
+        except BadFrame as error:
+            self._publish(
+                Happened(kind="placement", name="FrameRefused", reason=str(error))
+            )
+            return
+        if envelope.number <= self._last_seen.get(envelope.sender, 0):
+            return
+        self._last_seen[envelope.sender] = envelope.number
+        self._handle(Address(envelope.sender), envelope.body)

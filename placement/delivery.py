@@ -1,0 +1,366 @@
+"""Delivery: one node's messages to identities, each at most once, kept in order.
+
+A message goes straight to the activation that the cache knows. Where none is
+known, or the one known was not there, all messages to that identity are held
+until it is known where they go: first those that came back, then those that
+waited, in the order in which they were sent.
+
+A message comes back (*bounces*) only where it is certain that it reached no user
+code. After the first one from another node a mark is sent after it on the same
+way; when the mark is back, or the session asked is closed, nothing else can
+bounce. Times are nanoseconds of the caller's clock.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from placement.claim import NeedTopology
+from placement.entry import Pid
+from placement.errors import Refusal
+from placement.event import Happened
+from placement.identity import Identity
+from placement.partition import PartitionTable
+from placement.pidcache import PidCache
+from placement.topology import SessionId
+
+BOUNCES_MAX = 16
+
+#: Refusals after which a later resolution may go better.
+_TRANSIENT = frozenset({"NotReady", "Pending", "LockDenied", "NotHere"})
+
+_AGAIN_FIRST_NS = 5_000_000
+_AGAIN_LARGEST_NS = 500_000_000
+_UNANSWERED_NS = 1_000_000_000
+
+
+@dataclass(slots=True, eq=False)
+class Outgoing:
+    """A message on its way to an identity.
+
+    `number` grows with each message of the node; `deadline_ns` is when it is no
+    longer to be delivered; `content` is the caller's.
+    """
+
+    number: int
+    identity: Identity
+    deadline_ns: int
+    content: object
+    bounces: int = 0
+
+
+# --- effects -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvePid:
+    """Ask the coordinator at `owner` where the activation is."""
+
+    request: int
+    identity: Identity
+    owner: SessionId
+    epoch: int
+    remaining_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transmit:
+    """Send `message` to the activation that `pid` names."""
+
+    pid: Pid
+    message: Outgoing
+
+
+@dataclass(frozen=True, slots=True)
+class SendMark:
+    """Send a mark the way the messages to `pid` went; it comes back by `marked`."""
+
+    pid: Pid
+    mark: int
+
+
+@dataclass(frozen=True, slots=True)
+class FailMessage:
+    """Tell the sender that the message was not delivered, and why."""
+
+    message: Outgoing
+    refusal: Refusal
+
+
+DeliveryEffect: TypeAlias = (
+    ResolvePid | Transmit | SendMark | FailMessage | NeedTopology | Happened
+)
+
+
+@dataclass(slots=True, eq=False)
+class _Hold:
+    """The messages to one identity that wait, and for what.
+
+    `marked` is the activation whose mark is awaited; none while resolving.
+    """
+
+    identity: Identity
+    request: int
+    bounced: deque[Outgoing] = field(default_factory=deque)
+    waiting: deque[Outgoing] = field(default_factory=deque)
+    marked: Pid | None = None
+    owner: SessionId | None = None
+    due_ns: int = 0
+    pause_ns: int = _AGAIN_FIRST_NS
+    refusal: Refusal = Refusal("Pending", "its placement was not known in time")
+
+    def messages(self) -> tuple[Outgoing, ...]:
+        return (*self.bounced, *self.waiting)
+
+
+class Deliveries:
+    """The ways of one node's messages. Not thread-safe; its owner holds a lock."""
+
+    def __init__(self, cache: PidCache) -> None:
+        self.cache = cache
+        self._held: dict[Identity, _Hold] = {}
+        self._by_request: dict[int, _Hold] = {}
+        self._table: PartitionTable | None = None
+        self._is_running = False
+        self._why_not = "the node has not started"
+        self._last_request = 0
+
+    @property
+    def held_count(self) -> int:
+        """How many messages wait."""
+        return sum(
+            len(hold.bounced) + len(hold.waiting) for hold in self._held.values()
+        )
+
+    @property
+    def due_ns(self) -> int | None:
+        """When `tick` is wanted next."""
+        return min((hold.due_ns for hold in self._held.values()), default=None)
+
+    # --- inputs: the node ---
+
+    def open(self) -> None:
+        """Accept messages from now on."""
+        self._is_running = True
+
+    def close(self, why: str) -> tuple[DeliveryEffect, ...]:
+        """Refuse messages from now on, and those that wait."""
+        self._is_running, self._why_not, self._table = False, why, None
+        refusal = Refusal("NotReady", why)
+        effects = [
+            FailMessage(message, refusal)
+            for hold in self._held.values()
+            for message in hold.messages()
+        ]
+        self._held.clear()
+        self._by_request.clear()
+        return tuple(effects)
+
+    def adopt(
+        self, table: PartitionTable, closed: Iterable[SessionId], *, now_ns: int
+    ) -> tuple[DeliveryEffect, ...]:
+        """Resolve by `table` from now on; nothing comes back from `closed`."""
+        self._table = table
+        gone = frozenset(closed)
+        effects: list[DeliveryEffect] = [
+            Happened(kind="cache", name="Dropped", identity=identity, reason="topology")
+            for identity in self.cache.adopt(table.topology)
+        ]
+        for hold in sorted(self._held.values(), key=lambda each: each.identity):
+            if hold.marked is not None:
+                if hold.marked.session in gone:
+                    effects += self._resolve(hold, now_ns)
+            elif hold.owner not in table.topology:
+                effects += self._resolve(hold, now_ns)
+        return tuple(effects)
+
+    # --- inputs: messages ---
+
+    def route(self, identity: Identity, now_ns: int) -> Pid | None:
+        """Where a message to `identity` goes straight; none: `hold` it."""
+        if identity in self._held:
+            return None
+        return self.cache.get(identity, now_ns)
+
+    def refusal(self) -> Refusal | None:
+        """Why nothing can be sent now; none where it can."""
+        if not self._is_running:
+            return Refusal("NotReady", self._why_not)
+        if self._table is None:
+            return Refusal("NotReady", "the topology is not known yet")
+        if not self._table.owners:
+            return Refusal("NotReady", "no member owns partitions")
+        return None
+
+    def hold(self, message: Outgoing, *, now_ns: int) -> tuple[DeliveryEffect, ...]:
+        """Keep `message` until its way is known; find that out."""
+        refusal = self.refusal()
+        if refusal is not None:
+            return (FailMessage(message, refusal),)
+        hold = self._held.get(message.identity)
+        if hold is not None:
+            hold.waiting.append(message)
+            hold.due_ns = min(hold.due_ns, message.deadline_ns)
+            return ()
+        hold = self._new_hold(message.identity)
+        hold.waiting.append(message)
+        return self._resolve(hold, now_ns)
+
+    def bounced(
+        self, pid: Pid, message: Outgoing, *, needs_mark: bool, now_ns: int
+    ) -> tuple[DeliveryEffect, ...]:
+        """`message` has come back from `pid`: nothing of it was handled.
+
+        `needs_mark` says that more may be under way to the same place.
+        """
+        self.cache.remove(pid.identity, token=pid.fencing_token)
+        message.bounces += 1
+        if not self._is_running:
+            return (FailMessage(message, Refusal("NotReady", self._why_not)),)
+        if message.bounces > BOUNCES_MAX:
+            refusal = Refusal("NotHere", f"sent {BOUNCES_MAX} times, never there")
+            return (FailMessage(message, refusal),)
+        hold = self._held.get(pid.identity)
+        if hold is not None:
+            hold.bounced.append(message)
+            hold.due_ns = min(hold.due_ns, message.deadline_ns)
+            return ()
+        hold = self._new_hold(pid.identity)
+        hold.bounced.append(message)
+        hold.pause_ns = min(
+            _AGAIN_FIRST_NS << (message.bounces - 1), _AGAIN_LARGEST_NS
+        )
+        if not needs_mark:
+            return self._resolve(hold, now_ns)
+        hold.marked = pid
+        return self._mark(hold, now_ns)
+
+    def marked(
+        self, identity: Identity, mark: int, *, now_ns: int
+    ) -> tuple[DeliveryEffect, ...]:
+        """A mark is back."""
+        hold = self._by_request.get(mark)
+        if hold is None or hold.identity != identity or hold.marked is None:
+            return ()
+        return self._resolve(hold, now_ns)
+
+    # --- inputs: answers of coordinators ---
+
+    def resolved(
+        self, request: int, pid: Pid, *, now_ns: int
+    ) -> tuple[DeliveryEffect, ...]:
+        """A coordinator says where it is."""
+        hold = self._by_request.get(request)
+        if hold is None or hold.marked is not None or hold.identity != pid.identity:
+            return ()
+        self._drop(hold)
+        self.cache.put(pid, now_ns)
+        effects: list[DeliveryEffect] = [
+            Happened(
+                kind="cache",
+                name="Cached",
+                identity=pid.identity,
+                session=pid.session,
+                token=pid.fencing_token,
+            )
+        ]
+        effects += (Transmit(pid, message) for message in hold.messages())
+        return tuple(effects)
+
+    def redirected(
+        self, request: int, epoch: int, owner: SessionId, *, now_ns: int
+    ) -> tuple[DeliveryEffect, ...]:
+        """Not that coordinator's partition: ask `owner`, or wait for `epoch`."""
+        hold = self._by_request.get(request)
+        if hold is None or hold.marked is not None or self._table is None:
+            return ()
+        if epoch > self._table.epoch:
+            return (NeedTopology(epoch), *self._ask(hold, owner, epoch, now_ns))
+        # Its knowledge is older than ours: it waits for ours when asked so.
+        self._pause(hold, now_ns)
+        return ()
+
+    def refused(
+        self, request: int, refusal: Refusal, *, now_ns: int
+    ) -> tuple[DeliveryEffect, ...]:
+        """A coordinator refuses: try again where that may help, else give up."""
+        hold = self._by_request.get(request)
+        if hold is None or hold.marked is not None:
+            return ()
+        if refusal.reason in _TRANSIENT:
+            hold.refusal = refusal
+            self._pause(hold, now_ns)
+            return ()
+        self._drop(hold)
+        return tuple(FailMessage(message, refusal) for message in hold.messages())
+
+    def tick(self, *, now_ns: int) -> tuple[DeliveryEffect, ...]:
+        """Fail what is too late, and ask again what was not answered."""
+        effects: list[DeliveryEffect] = []
+        due = [hold for hold in self._held.values() if hold.due_ns <= now_ns]
+        for hold in sorted(due, key=lambda each: each.identity):
+            effects += self._fail_late(hold, now_ns)
+            if not hold.bounced and not hold.waiting:
+                self._drop(hold)
+            elif hold.marked is not None:
+                effects += self._mark(hold, now_ns)
+            else:
+                effects += self._resolve(hold, now_ns)
+        return tuple(effects)
+
+    # --- steps ---
+
+    def _new_hold(self, identity: Identity) -> _Hold:
+        self._last_request += 1
+        hold = _Hold(identity, self._last_request)
+        self._held[identity] = hold
+        self._by_request[hold.request] = hold
+        return hold
+
+    def _drop(self, hold: _Hold) -> None:
+        del self._held[hold.identity]
+        del self._by_request[hold.request]
+
+    def _fail_late(self, hold: _Hold, now_ns: int) -> list[DeliveryEffect]:
+        late = [each for each in hold.messages() if each.deadline_ns <= now_ns]
+        if late:
+            hold.bounced = deque(m for m in hold.bounced if m.deadline_ns > now_ns)
+            hold.waiting = deque(m for m in hold.waiting if m.deadline_ns > now_ns)
+        return [FailMessage(message, hold.refusal) for message in late]
+
+    def _until(self, hold: _Hold, at_ns: int) -> None:
+        first = min(message.deadline_ns for message in hold.messages())
+        hold.due_ns = min(at_ns, first)
+
+    def _pause(self, hold: _Hold, now_ns: int) -> None:
+        self._until(hold, now_ns + hold.pause_ns)
+        hold.pause_ns = min(2 * hold.pause_ns, _AGAIN_LARGEST_NS)
+
+    def _mark(self, hold: _Hold, now_ns: int) -> tuple[DeliveryEffect, ...]:
+        assert hold.marked is not None
+        self._until(hold, now_ns + _UNANSWERED_NS)
+        return (SendMark(hold.marked, hold.request),)
+
+    def _resolve(self, hold: _Hold, now_ns: int) -> tuple[DeliveryEffect, ...]:
+        hold.marked = None
+        owner = None
+        if self._table is not None:
+            owner = self._table.owner_of(hold.identity)
+        if owner is None or self._table is None:
+            hold.refusal = Refusal("NotReady", "no member owns partitions")
+            self._pause(hold, now_ns)
+            return (NeedTopology(0),)
+        return self._ask(hold, owner.session, self._table.epoch, now_ns)
+
+    def _ask(
+        self, hold: _Hold, owner: SessionId, epoch: int, now_ns: int
+    ) -> tuple[DeliveryEffect, ...]:
+        hold.owner = owner
+        self._until(hold, now_ns + _UNANSWERED_NS)
+        latest = max(message.deadline_ns for message in hold.messages())
+        return (
+            ResolvePid(
+                hold.request, hold.identity, owner, epoch, max(0, latest - now_ns)
+            ),
+        )
