@@ -1,0 +1,248 @@
+"""Dispatchers: who runs the turns of actors, and pykka actors that run on one.
+
+Nothing else in this floor makes a thread for its turns or reads a clock for its
+timers: under another dispatcher the same classes run step by step.
+"""
+
+import heapq
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any, ClassVar, Protocol
+
+import pykka
+import structlog
+
+from actors.clock import Clock
+
+_log = structlog.get_logger("actors")
+
+Turn = Callable[..., object]
+
+
+class Timer:
+    """A turn that is due later; `cancel` takes it back."""
+
+    __slots__ = ("arguments", "is_cancelled", "turn")
+
+    def __init__(self, turn: Turn, arguments: tuple[Any, ...]) -> None:
+        self.turn = turn
+        self.arguments = arguments
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        """Do not run it, if it has not run yet."""
+        self.is_cancelled = True
+
+
+class Dispatcher(Protocol):
+    """Runs turns one after the other, in the order in which they were posted."""
+
+    def post(self, turn: Turn, /, *arguments: Any) -> None:
+        """Run `turn` soon; from any thread. After a stop nothing happens."""
+
+    def call_at(self, when_ns: int, turn: Turn, /, *arguments: Any) -> Timer:
+        """Run `turn` once it is `when_ns`; from any thread."""
+
+    def now_ns(self) -> int:
+        """The clock that its timers go by."""
+
+    def is_current(self) -> bool:
+        """Whether the caller is a turn of this dispatcher."""
+
+
+class ThreadDispatcher:
+    """A dispatcher with a thread of its own.
+
+    A turn that raises is a bug: it is logged, counted, and told to `on_bug`; the
+    others go on. `busy_since_ns` is when the turn under way was begun, 0 between
+    turns: whoever reads it on another thread sees a turn that does not come back.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        clock: Clock,
+        *,
+        on_bug: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self.busy_since_ns = 0
+        self.bug_count = 0
+        self.now_ns = clock.now_ns
+        self._on_bug = on_bug
+        self._turns: SimpleQueue[tuple[Turn, tuple[Any, ...]]] = SimpleQueue()
+        self._timers: list[tuple[int, int, Timer]] = []
+        self._timer_number = itertools.count()
+        self._is_ending = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def post(self, turn: Turn, /, *arguments: Any) -> None:
+        """Run `turn` soon; from any thread."""
+        self._turns.put((turn, arguments))
+
+    def call_at(self, when_ns: int, turn: Turn, /, *arguments: Any) -> Timer:
+        """Run `turn` once it is `when_ns`; from any thread."""
+        timer = Timer(turn, arguments)
+        self._turns.put((self._add_timer, (when_ns, timer)))
+        return timer
+
+    def is_current(self) -> bool:
+        """Whether the caller is a turn of this dispatcher."""
+        return threading.current_thread() is self._thread
+
+    def stop(self, timeout_s: float) -> bool:
+        """Run what has been posted, then end; false: it is still busy."""
+        self.post(self._end)
+        if self.is_current():
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def kill(self) -> None:
+        """End after the turn under way, as a crash would: run nothing else."""
+        self._is_ending = True
+        self.post(self._end)
+
+    def _end(self) -> None:
+        self._is_ending = True
+
+    def _add_timer(self, when_ns: int, timer: Timer) -> None:
+        heapq.heappush(self._timers, (when_ns, next(self._timer_number), timer))
+
+    def _run(self) -> None:
+        turns, now_ns = self._turns, self.now_ns
+        while not self._is_ending:
+            if self._timers:
+                wait_s = (self._timers[0][0] - now_ns()) / 1e9
+                if wait_s <= 0:
+                    timer = heapq.heappop(self._timers)[2]
+                    if not timer.is_cancelled:
+                        self._take(timer.turn, timer.arguments)
+                    # What was posted before has its turn too.
+                    try:
+                        turn, arguments = turns.get_nowait()
+                    except Empty:
+                        continue
+                else:
+                    try:
+                        turn, arguments = turns.get(timeout=wait_s)
+                    except Empty:
+                        continue
+            else:
+                turn, arguments = turns.get()
+            self._take(turn, arguments)
+
+    def _take(self, turn: Turn, arguments: tuple[Any, ...]) -> None:
+        self.busy_since_ns = self.now_ns()
+        try:
+            turn(*arguments)
+        except Exception as error:  # a bug; one turn must not end the others
+            self.bug_count += 1
+            _log.exception("a turn raised")
+            if self._on_bug is not None:
+                self._on_bug(error)
+        finally:
+            self.busy_since_ns = 0
+
+
+class _Inbox:
+    """A pykka inbox that posts a turn to a dispatcher when something is in it."""
+
+    def __init__(self) -> None:
+        self.envelopes: deque[Any] = deque()
+        self._wake: Callable[[], None] | None = None
+        self._is_awake = False
+
+    def attach(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self.awaken()
+
+    def put(self, envelope: Any, /) -> None:
+        self.envelopes.append(envelope)
+        self.awaken()
+
+    def awaken(self) -> None:
+        if not self._is_awake and self._wake is not None and self.envelopes:
+            self._is_awake = True
+            self._wake()
+
+    def rest(self) -> None:
+        # First the flag, then the look: a put in between wakes it once more,
+        # which is harmless; the other way round it would be lost.
+        self._is_awake = False
+        self.awaken()
+
+    def get(self) -> Any:
+        return self.envelopes.popleft()
+
+    def empty(self) -> bool:
+        return not self.envelopes
+
+
+class DispatchedActor(pykka.Actor):
+    """A pykka actor whose messages are handled in turns of a dispatcher.
+
+    Its inbox is drained up to `batch_max` messages a turn. As in pykka, an
+    exception that escapes a told message stops the actor: its state is not
+    trusted any more; `on_bug` tells its owner.
+    """
+
+    batch_max: ClassVar[int] = 256
+
+    def __init__(self, *, dispatcher: Dispatcher) -> None:
+        super().__init__()
+        self.dispatcher = dispatcher
+        self._bug: Callable[[BaseException], None] | None = None
+
+    def on_bug(self, told: Callable[[BaseException], None]) -> None:
+        """Have the owner told of an exception that stops this actor."""
+        self._bug = told
+
+    @staticmethod
+    def _create_actor_inbox() -> Any:
+        return _Inbox()
+
+    @staticmethod
+    def _create_future() -> pykka.Future[Any]:
+        return pykka.ThreadingFuture()
+
+    def _start_actor_loop(self) -> None:
+        self.dispatcher.post(self._actor_loop_setup)
+        inbox: Any = self.actor_inbox
+        inbox.attach(lambda: self.dispatcher.post(self._drain))
+
+    def _drain(self) -> None:
+        inbox: Any = self.actor_inbox
+        if self.actor_stopped.is_set():
+            return
+        batch: list[Any] = []
+        while inbox.envelopes and len(batch) < self.batch_max:
+            batch.append(inbox.envelopes.popleft())
+        self._handle_batch(batch)
+        if self.actor_stopped.is_set():
+            self._actor_loop_teardown()
+        else:
+            inbox.rest()
+
+    def _handle_batch(self, batch: list[Any]) -> None:
+        for envelope in batch:
+            if self.actor_stopped.is_set():
+                # Left for the teardown, which refuses what is asked.
+                self.actor_inbox.put(envelope)
+                continue
+            try:
+                answer = self._handle_receive(envelope.message)
+            except Exception as error:  # as pykka: to the asker, or the end
+                if envelope.reply_to is not None:
+                    envelope.reply_to.set_exception()
+                    continue
+                _log.exception("an actor raised", actor=type(self).__name__)
+                self._stop()
+                if self._bug is not None:
+                    self._bug(error)
+            else:
+                if envelope.reply_to is not None:
+                    envelope.reply_to.set(answer)

@@ -1,0 +1,93 @@
+"""The cache of resolved references: where activations were, a moment ago.
+
+A reference may be wrong; a delivery that names its token then finds nobody, and
+the reference is dropped. So the cache is for speed only.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from placement.entry import Pid
+from placement.identity import Identity
+from placement.topology import SessionId, Topology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementResolution:
+    """Where an identity is hosted, as of `observed_at_ms` (wall time).
+
+    `locality` is "local" or "remote", as seen from the node that resolved it.
+    """
+
+    identity: Identity
+    pid: Pid
+    owner: SessionId
+    locality: str
+    fencing_token: int
+    epoch: int
+    observed_at_ms: int
+
+
+class PidCache:
+    """References by identity, each for `ttl_ns`, at most `size_max` of them.
+
+    The oldest makes room. Not thread-safe; the caller holds a lock.
+    """
+
+    def __init__(self, *, ttl_ns: int, size_max: int) -> None:
+        if ttl_ns < 1 or size_max < 1:
+            raise ValueError("a PidCache needs a time to live and a size above 0")
+        self._ttl_ns = ttl_ns
+        self._size_max = size_max
+        self._pids: dict[Identity, tuple[int, Pid]] = {}
+        self.evicted_count = 0
+
+    def __len__(self) -> int:
+        return len(self._pids)
+
+    def get(self, identity: Identity, now_ns: int) -> Pid | None:
+        """The reference, unless its time to live is over."""
+        found = self._pids.get(identity)
+        if found is None:
+            return None
+        if found[0] > now_ns:
+            return found[1]
+        del self._pids[identity]
+        return None
+
+    def put(self, pid: Pid, now_ns: int) -> None:
+        """Keep `pid`, unless a reference with a greater token is known."""
+        known = self._pids.pop(pid.identity, None)
+        if known is not None and known[1].fencing_token > pid.fencing_token:
+            self._pids[pid.identity] = known
+            return
+        if len(self._pids) >= self._size_max:
+            del self._pids[next(iter(self._pids))]
+            self.evicted_count += 1
+        self._pids[pid.identity] = (now_ns + self._ttl_ns, pid)
+
+    def remove(self, identity: Identity, *, token: int | None = None) -> bool:
+        """Forget the reference, if its token is not above `token`."""
+        found = self._pids.get(identity)
+        if found is None or (token is not None and found[1].fencing_token > token):
+            return False
+        del self._pids[identity]
+        return True
+
+    def forget_sessions(self, sessions: Iterable[SessionId]) -> tuple[Identity, ...]:
+        """Drop the references to these sessions; which identities they were of."""
+        gone = frozenset(sessions)
+        return self._drop(
+            [i for i, (_, pid) in self._pids.items() if pid.session in gone]
+        )
+
+    def adopt(self, topology: Topology) -> tuple[Identity, ...]:
+        """Drop the references to sessions that are no members of `topology`."""
+        return self._drop(
+            [i for i, (_, pid) in self._pids.items() if pid.session not in topology]
+        )
+
+    def _drop(self, identities: list[Identity]) -> tuple[Identity, ...]:
+        for identity in identities:
+            del self._pids[identity]
+        return tuple(identities)
