@@ -1,0 +1,143 @@
+"""The codec: frames to bytes and back, refusing whatever is not one.
+
+Bytes come from strangers. Sizes and nesting are bounded before objects are
+built, and every field is checked before anybody sees the frame.
+"""
+
+import threading
+from typing import Any
+
+import msgpack
+import msgspec
+
+from messages.frames import FRAMES, VERSION, Envelope, Frame
+from messages.payload import DEPTH_MAX as PAYLOAD_DEPTH_MAX
+from placement.identity import BadIdentity, Identity
+
+FRAME_BYTES_MAX = 4 << 20
+STRING_BYTES_MAX = 1 << 20
+ITEMS_MAX = 1 << 17
+DEPTH_MAX = PAYLOAD_DEPTH_MAX + 8
+_INT_MAX = (1 << 63) - 1
+_FIELDS = 6
+
+
+class BadFrame(ValueError):
+    """Bytes that are no frame for this node, and why."""
+
+
+def _tag_of(frame: type[msgspec.Struct]) -> int:
+    tag = frame.__struct_config__.tag
+    assert isinstance(tag, int)
+    return tag
+
+
+_BY_TAG = {_tag_of(frame): frame for frame in FRAMES}
+_WITH_IDENTITY = frozenset(
+    tag for tag, frame in _BY_TAG.items() if "identity" in frame.__struct_fields__
+)
+_IDENTITY_AT = {
+    tag: 1 + frame.__struct_fields__.index("identity")
+    for tag, frame in _BY_TAG.items()
+    if "identity" in frame.__struct_fields__
+}
+
+
+class Codec:
+    """Encodes and decodes for the nodes of one cluster; from any thread."""
+
+    def __init__(self, cluster: str, *, frame_bytes_max: int = FRAME_BYTES_MAX) -> None:
+        self._cluster = cluster
+        self._frame_bytes_max = frame_bytes_max
+        self._packers = threading.local()
+
+    def encode(self, sender: str, receiver: str, number: int, body: Frame) -> bytes:
+        """The bytes of `body` on its way. Its payload has been checked before."""
+        try:
+            packer = self._packers.packer
+        except AttributeError:
+            packer = self._packers.packer = msgpack.Packer(default=_tuple_of)
+        data: bytes = packer.pack(
+            (VERSION, self._cluster, sender, receiver, number, _tuple_of(body))
+        )
+        return data
+
+    def decode(self, data: bytes, *, receiver: str) -> Envelope:
+        """The frame in `data`, for `receiver`.
+
+        Raises:
+            BadFrame: it is none, or not for this cluster and node.
+        """
+        parts = self._unpack(data)
+        if type(parts) is not list or len(parts) < _FIELDS:
+            raise BadFrame("an envelope is an array of 6")
+        version, cluster, sender, to, number, body = parts[:_FIELDS]
+        if type(version) is not int or version != VERSION:
+            raise BadFrame(f"protocol version {version!r}, not {VERSION}")
+        if cluster != self._cluster:
+            raise BadFrame(f"cluster {cluster!r}, not {self._cluster!r}")
+        if to != receiver:
+            raise BadFrame(f"it is for {to!r}, not {receiver!r}")
+        if type(sender) is not str or not sender:
+            raise BadFrame("the sender is not an address")
+        if type(number) is not int or not 0 < number <= _INT_MAX:
+            raise BadFrame("the number is not one from 1 on")
+        if type(body) is not list or not body or type(body[0]) is not int:
+            raise BadFrame("the body is not an array that begins with a tag")
+        frame_type = _BY_TAG.get(body[0])
+        if frame_type is None:
+            raise BadFrame(f"unknown tag {body[0]}")
+        name = frame_type.__name__
+        try:
+            frame: Any = msgspec.convert(body, frame_type)
+        except (msgspec.ValidationError, OverflowError, RecursionError) as error:
+            raise BadFrame(f"{name}: {error}") from None
+        at = _IDENTITY_AT.get(body[0])
+        if at is not None:
+            try:
+                Identity.parse(body[at])
+            except BadIdentity as error:
+                raise BadFrame(f"{name}: {error}") from None
+        for field in body[1:]:
+            if type(field) is int and not 0 <= field <= _INT_MAX:
+                # A payload that is a number of its own is the one exception.
+                if field is getattr(frame, "payload", _NOTHING):
+                    if field <= _INT_MAX:
+                        continue
+                raise BadFrame(f"{name}: {field} is out of range")
+        return Envelope(version, cluster, sender, to, number, frame)
+
+    def _unpack(self, data: bytes) -> Any:
+        if len(data) > self._frame_bytes_max:
+            raise BadFrame(f"{len(data)} bytes, at most {self._frame_bytes_max}")
+        try:
+            return msgpack.unpackb(
+                data,
+                strict_map_key=False,
+                ext_hook=_refuse_extension,
+                max_str_len=STRING_BYTES_MAX,
+                max_bin_len=STRING_BYTES_MAX,
+                max_array_len=ITEMS_MAX,
+                max_map_len=ITEMS_MAX,
+                max_ext_len=0,
+            )
+        except BadFrame:
+            raise
+        except Exception as error:  # msgpack raises many kinds
+            raise BadFrame(f"not msgpack: {type(error).__name__}: {error}") from None
+
+
+_NOTHING = object()
+
+
+def _refuse_extension(code: int, data: bytes) -> Any:
+    raise BadFrame(f"extension type {code}")
+
+
+def _tuple_of(value: Any) -> Any:
+    if isinstance(value, msgspec.Struct):
+        return (
+            value.__struct_config__.tag,
+            *(getattr(value, name) for name in value.__struct_fields__),
+        )
+    raise TypeError(f"a {type(value).__name__} cannot be carried")

@@ -1,0 +1,251 @@
+"""The frames that nodes exchange: frozen, array-like, told apart by an integer tag.
+
+The order of the fields is the contract. A field is only ever added at the end,
+with a default; a tag is never used again.
+"""
+
+from typing import Any, TypeAlias
+
+import msgspec
+
+VERSION = 1
+
+
+class Resolve(msgspec.Struct, frozen=True, array_like=True, tag=1):
+    """Where is `identity`, or else start it. To a coordinator."""
+
+    request: int
+    identity: str
+    epoch: int
+    remaining_ms: int
+
+
+class Resolved(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """It is at `session`, under `token`."""
+
+    request: int
+    identity: str
+    session: str
+    token: int
+
+
+class Redirect(msgspec.Struct, frozen=True, array_like=True, tag=3):
+    """Its partition is `session`'s, as of `epoch`."""
+
+    request: int
+    identity: str
+    epoch: int
+    session: str
+
+
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag=4):
+    """It cannot be resolved: the name of the error, and why."""
+
+    request: int
+    identity: str
+    reason: str
+    message: str
+
+
+class Start(msgspec.Struct, frozen=True, array_like=True, tag=5):
+    """Claim it over `revision` under that procedure's lock, and start it."""
+
+    identity: str
+    procedure: int
+    coordinator: str
+    host: str
+    revision: int
+    epoch: int
+    remaining_ms: int
+
+
+class Started(msgspec.Struct, frozen=True, array_like=True, tag=6):
+    """`host` has it, under `token`."""
+
+    identity: str
+    procedure: int
+    host: str
+    token: int
+
+
+class StartRefused(msgspec.Struct, frozen=True, array_like=True, tag=7):
+    """`host` does not start it."""
+
+    identity: str
+    procedure: int
+    host: str
+    reason: str
+    message: str
+
+
+class AskOwner(msgspec.Struct, frozen=True, array_like=True, tag=8):
+    """The entry names `session`, under `token`: is it there?"""
+
+    identity: str
+    session: str
+    token: int
+    procedure: int
+
+
+class OwnerAnswer(msgspec.Struct, frozen=True, array_like=True, tag=9):
+    """`state` is here, pending, gave_up or not_mine."""
+
+    identity: str
+    session: str
+    procedure: int
+    state: str
+    token: int
+
+
+class AskHolder(msgspec.Struct, frozen=True, array_like=True, tag=10):
+    """The lock names `session` and `holder_procedure`: does that run?"""
+
+    identity: str
+    session: str
+    holder_procedure: int
+    procedure: int
+
+
+class HolderAnswer(msgspec.Struct, frozen=True, array_like=True, tag=11):
+    """`state` is running, free or not_mine."""
+
+    identity: str
+    session: str
+    holder_procedure: int
+    procedure: int
+    state: str
+
+
+class Deliver(msgspec.Struct, frozen=True, array_like=True, tag=12):
+    """A message to the activation with `token`. `message_id` 0 wants no answer."""
+
+    identity: str
+    token: int
+    message_id: int
+    payload: Any
+    request_id: str
+    remaining_ms: int
+    chain: tuple[str, ...]
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True, tag=13):
+    """What the handler answered."""
+
+    message_id: int
+    payload: Any
+    token: int
+
+
+class Failure(msgspec.Struct, frozen=True, array_like=True, tag=14):
+    """The message was refused, or its handler failed or rejected it."""
+
+    message_id: int
+    reason: str
+    message: str
+    type_name: str
+    fields: dict[str, Any]
+
+
+class Bounce(msgspec.Struct, frozen=True, array_like=True, tag=15):
+    """A delivery that found nobody, with all that it said."""
+
+    identity: str
+    token: int
+    message_id: int
+    payload: Any
+    request_id: str
+    remaining_ms: int
+    chain: tuple[str, ...]
+
+
+class Mark(msgspec.Struct, frozen=True, array_like=True, tag=16):
+    """Comes back as `Marked`, after all that may bounce before it."""
+
+    identity: str
+    token: int
+    mark: int
+
+
+class Marked(msgspec.Struct, frozen=True, array_like=True, tag=17):
+    """The mark is back."""
+
+    identity: str
+    token: int
+    mark: int
+
+
+class LoopBack(msgspec.Struct, frozen=True, array_like=True, tag=18):
+    """From a node to itself: it works."""
+
+    nonce: int
+
+
+class TopologyHint(msgspec.Struct, frozen=True, array_like=True, tag=19):
+    """The membership has `epoch` now: read it."""
+
+    epoch: int
+
+
+class Passivate(msgspec.Struct, frozen=True, array_like=True, tag=20):
+    """End the activation with `token`."""
+
+    identity: str
+    token: int
+
+
+Frame: TypeAlias = (
+    Resolve
+    | Resolved
+    | Redirect
+    | Refused
+    | Start
+    | Started
+    | StartRefused
+    | AskOwner
+    | OwnerAnswer
+    | AskHolder
+    | HolderAnswer
+    | Deliver
+    | Answer
+    | Failure
+    | Bounce
+    | Mark
+    | Marked
+    | LoopBack
+    | TopologyHint
+    | Passivate
+)
+
+FRAMES: tuple[type[msgspec.Struct], ...] = (
+    Resolve,
+    Resolved,
+    Redirect,
+    Refused,
+    Start,
+    Started,
+    StartRefused,
+    AskOwner,
+    OwnerAnswer,
+    AskHolder,
+    HolderAnswer,
+    Deliver,
+    Answer,
+    Failure,
+    Bounce,
+    Mark,
+    Marked,
+    LoopBack,
+    TopologyHint,
+    Passivate,
+)
+
+
+class Envelope(msgspec.Struct, frozen=True, array_like=True):
+    """A frame and its way: from which incarnation to which, its number there."""
+
+    version: int
+    cluster: str
+    sender: str
+    receiver: str
+    number: int
+    body: Frame
