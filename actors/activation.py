@@ -210,7 +210,13 @@ class GrainActivation:
     """One Grain: driven on its node's grain dispatcher."""
 
     def __init__(
-        self, pid: Pid, record: ActivationRecord, *, guard: Guard, kind: Kind, host: Host
+        self,
+        pid: Pid,
+        record: ActivationRecord,
+        *,
+        guard: Guard,
+        kind: Kind,
+        host: Host,
     ) -> None:
         self.pid = pid
         self.guard = guard
@@ -659,7 +665,12 @@ class GrainActivation:
     # --- what the context asks for -------------------------------------------
 
     def ask(
-        self, identity: Identity, payload: Any, *, timeout: float | None, request_id: str
+        self,
+        identity: Identity,
+        payload: Any,
+        *,
+        timeout: float | None,
+        request_id: str,
     ) -> Future:
         """Ask another identity; the future is for this activation to await."""
         future = Future()
@@ -692,7 +703,12 @@ class GrainActivation:
         copy = payloads.copy(payload)
         self._emit(
             lambda: self._host.send(
-                identity, copy, future=None, timeout=None, request_id=request_id, chain=()
+                identity,
+                copy,
+                future=None,
+                timeout=None,
+                request_id=request_id,
+                chain=(),
             ),
             lambda _: None,
         )

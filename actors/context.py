@@ -51,7 +51,12 @@ class Surroundings(Protocol):
         """Store; what is sent afterwards waits for it."""
 
     def ask(
-        self, identity: Identity, payload: Any, *, timeout: float | None, request_id: str
+        self,
+        identity: Identity,
+        payload: Any,
+        *,
+        timeout: float | None,
+        request_id: str,
     ) -> Future:
         """Ask another identity."""
 
@@ -80,7 +85,12 @@ class _ContextSender:
         self._around = around
 
     def ask(
-        self, identity: Identity, payload: Any, *, timeout: float | None, request_id: str
+        self,
+        identity: Identity,
+        payload: Any,
+        *,
+        timeout: float | None,
+        request_id: str,
     ) -> Future:
         return self._around.ask(
             identity, payload, timeout=timeout, request_id=request_id
@@ -102,9 +112,7 @@ class Context(Verbs):
     activation started, none if nothing was.
     """
 
-    def __init__(
-        self, around: Surroundings, pid: Pid, snapshot: bytes | None
-    ) -> None:
+    def __init__(self, around: Surroundings, pid: Pid, snapshot: bytes | None) -> None:
         self._around = around
         self._sender = _ContextSender(around)
         self._pid = pid

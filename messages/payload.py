@@ -88,9 +88,7 @@ def _copy(value: Any, path: str, depth: int) -> tuple[Any, int]:
     for base in (str, int, float, bytes, dict, list, tuple):
         if isinstance(value, base):
             # Not value.__str__() and the like: those may be overridden.
-            plain: Any = (
-                base.__str__(value) if base is str else _plain(base, value)
-            )
+            plain: Any = base.__str__(value) if base is str else _plain(base, value)
             return _copy(plain, path, depth)
     raise BadMessage(f"{path}: a {kind.__name__} cannot be carried")
 
@@ -109,8 +107,7 @@ def _copy_dict(value: dict[Any, Any], path: str, depth: int) -> tuple[Any, int]:
     for key, item in value.items():
         if isinstance(key, bool) or not isinstance(key, str | int):
             raise BadMessage(
-                f"{path}: key {key!r} is a {type(key).__name__}, "
-                "keys are str or int"
+                f"{path}: key {key!r} is a {type(key).__name__}, keys are str or int"
             )
         plain_key, key_size = _copy(key, f"{path} key {key!r}", depth + 1)
         copied, item_size = _copy(item, f"{path}[{key!r}]", depth + 1)

@@ -273,7 +273,9 @@ class Claims:
             return (Refuse(to, identity, Refusal("NotReady", self._reason())),)
         if now_ns >= deadline_ns:
             return (
-                Refuse(to, identity, Refusal("Pending", "its time was over on arrival")),
+                Refuse(
+                    to, identity, Refusal("Pending", "its time was over on arrival")
+                ),
             )
         if epoch > table.epoch:
             self._ahead[to] = (identity, epoch, deadline_ns)
@@ -392,7 +394,9 @@ class Claims:
         """Another coordinator finds a lock held by us: say running, or free it."""
         if holder.session != self._session:
             return (
-                TellHolderState(address, identity, holder, procedure_number, "not_mine"),
+                TellHolderState(
+                    address, identity, holder, procedure_number, "not_mine"
+                ),
             )
         if self._found(identity, holder) is not None:
             return (
@@ -488,9 +492,7 @@ class Claims:
 
     # --- steps ---
 
-    def _found(
-        self, identity: Identity, acquisition: Acquisition
-    ) -> _Procedure | None:
+    def _found(self, identity: Identity, acquisition: Acquisition) -> _Procedure | None:
         procedure = self._running.get(identity)
         if procedure is not None and procedure.acquisition == acquisition:
             return procedure
@@ -516,9 +518,7 @@ class Claims:
             (procedure.due_ns, procedure.acquisition.procedure, procedure.identity),
         )
 
-    def _acquire(
-        self, procedure: _Procedure, now_ns: int
-    ) -> tuple[ClaimEffect, ...]:
+    def _acquire(self, procedure: _Procedure, now_ns: int) -> tuple[ClaimEffect, ...]:
         procedure.phase = "acquiring"
         procedure.awaiting = procedure.holder = None
         procedure.may_hold = True

@@ -228,9 +228,7 @@ class Deliveries:
             return ()
         hold = self._new_hold(pid.identity)
         hold.bounced.append(message)
-        hold.pause_ns = min(
-            _AGAIN_FIRST_NS << (message.bounces - 1), _AGAIN_LARGEST_NS
-        )
+        hold.pause_ns = min(_AGAIN_FIRST_NS << (message.bounces - 1), _AGAIN_LARGEST_NS)
         if not needs_mark:
             return self._resolve(hold, now_ns)
         hold.marked = pid

@@ -510,9 +510,7 @@ class Hosting:
             return ()
         to, procedure = hosted.asked_by
         return (
-            TellStartRefused(
-                to, hosted.identity, procedure, hosted.session, refusal
-            ),
+            TellStartRefused(to, hosted.identity, procedure, hosted.session, refusal),
         )
 
     def _remove(self, hosted: _Hosted) -> tuple[HostingEffect, ...]:
