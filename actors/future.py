@@ -1,0 +1,115 @@
+"""Futures that wait without polling, and that both kinds of `await` understand."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Generator
+from typing import Any
+
+import pykka
+
+from placement.errors import OutcomeUnknown
+
+
+class _Running(threading.local):
+    """Whose user code runs on this thread; none outside of a Grain."""
+
+    activation: Any = None
+
+
+running = _Running()
+
+
+class Future(pykka.Future[Any]):
+    """An answer to come: the first `set` or `set_error` decides.
+
+    `owner` is the activation that may await it inside its own turn.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.owner: Any = None
+        self._lock = threading.Lock()
+        self._is_done = False
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._callbacks: list[Callable[[Future], object]] = []
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has an answer or an error."""
+        return self._is_done
+
+    def get(self, *, timeout: float | None = None) -> Any:
+        """Wait for the answer, at most `timeout` seconds.
+
+        Raises:
+            OutcomeUnknown: none came in time.
+            PlacementError: the refusal or failure that came instead.
+        """
+        if self._get_hook is not None:
+            return super().get(timeout=timeout)
+        if not self._is_done:
+            latch = threading.Lock()
+            latch.acquire()
+            self.on_done(lambda _: latch.release())
+            if not latch.acquire(timeout=-1 if timeout is None else max(0, timeout)):
+                raise OutcomeUnknown(f"no answer within {timeout} s")
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def set(self, value: Any = None) -> None:
+        """Answer, unless it has been."""
+        self._decide(value, None)
+
+    def set_error(self, error: BaseException) -> None:
+        """End without an answer, unless it has one."""
+        self._decide(None, error)
+
+    def set_exception(self, exc_info: Any = None) -> None:
+        """End with the exception of a (type, value, traceback), as in pykka."""
+        if exc_info is None:
+            raise ValueError("set_exception takes an exc_info; set_error an error")
+        self._decide(None, exc_info[1])
+
+    def _decide(self, value: Any, error: BaseException | None) -> None:
+        with self._lock:
+            if self._is_done:
+                return
+            self._value, self._error = value, error
+            self._is_done = True
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback(self)
+
+    def on_done(self, callback: Callable[["Future"], object]) -> None:
+        """Call `callback` once it is done: on the thread that answers, or now."""
+        with self._lock:
+            if not self._is_done:
+                self._callbacks.append(callback)
+                return
+        callback(self)
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        if running.activation is not None:
+            answer = yield self
+            return answer
+        loop = asyncio.get_running_loop()
+        if self._get_hook is not None:
+            hooked = yield from loop.run_in_executor(None, self.get).__await__()
+            return hooked
+        arrived = loop.create_future()
+
+        def arrive() -> None:
+            if not arrived.done():
+                arrived.set_result(None)
+
+        def wake(_: Future) -> None:
+            try:
+                loop.call_soon_threadsafe(arrive)
+            except RuntimeError:
+                return  # the loop is closed: nobody waits any more
+
+        self.on_done(wake)
+        yield from arrived.__await__()
+        return self.get(timeout=0)

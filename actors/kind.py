@@ -1,0 +1,132 @@
+"""Kinds: what sort of actor an identity's kind stands for, and how it is hosted."""
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import pykka
+
+from actors.grain import Grain
+from placement.identity import Identity
+from placement.topology import Member
+
+Strategy: TypeAlias = Callable[[Identity, tuple[Member, ...], Member | None], Member]
+"""Chooses a host: of the eligible members, sorted; and the partition's owner."""
+
+
+class BadKind(ValueError):
+    """Something that cannot be a kind, and why."""
+
+
+class Kind:
+    """How the actors of a kind are made and hosted.
+
+    `factory` is a Grain or `pykka.ThreadingActor` class, or a function of the
+    context that makes one. `idle_after` seconds without a message end an
+    activation; none never does. `handler_max` seconds are the longest that a
+    handler takes; it must fit into the safety margin. None, for a
+    ThreadingActor, says that beyond the margin only the fencing token protects.
+
+    Raises:
+        BadKind: an option or the class is not one.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[..., Any],
+        *,
+        actor_class: type | None = None,
+        idle_after: float | None = 60.0,
+        on_error: Literal["continue", "stop"] = "continue",
+        strategy: Strategy | None = None,
+        handler_max: float | None = None,
+        inbox_max: int = 10_000,
+    ) -> None:
+        if isinstance(factory, type):
+            check_class(factory)
+            actor_class = factory
+        elif not callable(factory):
+            raise BadKind(f"a kind is made by a class or a function, not {factory!r}")
+        elif actor_class is not None:
+            check_class(actor_class)
+        self.factory = factory
+        self.actor_class = actor_class
+        self.is_threaded = actor_class is not None and issubclass(
+            actor_class, pykka.ThreadingActor
+        )
+        if on_error not in {"continue", "stop"}:
+            raise BadKind(f"on_error is 'continue' or 'stop', not {on_error!r}")
+        if inbox_max < 1:
+            raise BadKind(f"inbox_max must be at least 1, not {inbox_max}")
+        for name, seconds in (("idle_after", idle_after), ("handler_max", handler_max)):
+            if seconds is not None and not (0 < seconds < math.inf):
+                raise BadKind(f"{name} must be above 0 seconds, not {seconds}")
+        self.idle_after = idle_after
+        self.on_error = on_error
+        self.strategy = strategy
+        self.handler_max = handler_max
+        self.inbox_max = inbox_max
+
+    @classmethod
+    def of(cls, kind: "Kind | type") -> "Kind":
+        """`kind` itself, or that of a class with all defaults."""
+        return kind if isinstance(kind, Kind) else cls(kind)
+
+    def check(self, margin: float) -> None:
+        """Refuse a handler that may take longer than the margin.
+
+        Raises:
+            BadKind: it may.
+        """
+        if self.handler_max is not None and self.handler_max > margin:
+            raise BadKind(
+                f"handler_max of {self.handler_max} s is above the safety margin of "
+                f"{margin} s: a handler could still run when the lease is over"
+            )
+
+    def make(self, context: Any) -> Any:
+        """A new instance for `context`."""
+        if isinstance(self.factory, type):
+            return self.factory()
+        made = self.factory(context)
+        if not isinstance(made, Grain):
+            raise BadKind(f"the factory made a {type(made).__name__}, not a Grain")
+        return made
+
+
+def check_class(actor_class: type) -> None:
+    """Refuse a class that is neither a Grain nor a ThreadingActor.
+
+    Raises:
+        BadKind: it is neither.
+    """
+    if not issubclass(actor_class, Grain | pykka.ThreadingActor):
+        raise BadKind(
+            f"{actor_class.__module__}.{actor_class.__qualname__} is neither a Grain "
+            "nor a pykka.ThreadingActor"
+        )
+
+
+def load_kind(path: str) -> Kind:
+    """The kind that `module:Class` names.
+
+    Raises:
+        BadKind: there is no such module or class, or it is no kind.
+    """
+    module_name, colon, class_name = path.partition(":")
+    if not colon or not module_name or not class_name:
+        raise BadKind(f"{path!r} is not of the form module:Class")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise BadKind(f"module {module_name!r} cannot be imported: {error}") from None
+    for part in class_name.split("."):
+        found = getattr(found, part, None)
+        if found is None:
+            raise BadKind(f"module {module_name!r} has no class {class_name!r}")
+    if isinstance(found, Kind):
+        return found
+    if not isinstance(found, type):
+        raise BadKind(f"{path} is a {type(found).__name__}, not a class")
+    return Kind(found)
