@@ -246,3 +246,31 @@ class DispatchedActor(pykka.Actor):
             else:
                 if envelope.reply_to is not None:
                     envelope.reply_to.set(answer)
+
+
+class Alarm:
+    """Has `turn` run at the earliest time that was asked for."""
+
+    def __init__(self, dispatcher: Dispatcher, turn: Callable[[], object]) -> None:
+        self._dispatcher = dispatcher
+        self._turn = turn
+        self._at_ns: int | None = None
+        self._timer: Timer | None = None
+
+    def set(self, at_ns: int | None) -> None:
+        """Run it then, if not sooner already; none: no wish."""
+        if at_ns is None or (self._at_ns is not None and self._at_ns <= at_ns):
+            return
+        self.cancel()
+        self._at_ns = at_ns
+        self._timer = self._dispatcher.call_at(at_ns, self._ring)
+
+    def cancel(self) -> None:
+        """Do not run it."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._at_ns = self._timer = None
+
+    def _ring(self) -> None:
+        self._at_ns = self._timer = None
+        self._turn()

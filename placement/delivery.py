@@ -127,16 +127,9 @@ class Deliveries:
         self._last_request = 0
 
     @property
-    def held_count(self) -> int:
-        """How many messages wait."""
-        return sum(
-            len(hold.bounced) + len(hold.waiting) for hold in self._held.values()
-        )
-
-    @property
-    def due_ns(self) -> int | None:
-        """When `tick` is wanted next."""
-        return min((hold.due_ns for hold in self._held.values()), default=None)
+    def is_holding(self) -> bool:
+        """Whether messages wait, so that `tick` is wanted."""
+        return bool(self._held)
 
     # --- inputs: the node ---
 

@@ -1,0 +1,162 @@
+"""The event stream of a node: every transition and failure, numbered in order."""
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any
+
+import pykka
+import structlog
+
+from placement.event import Event, EventsLost, Happened, event_of
+
+_log = structlog.get_logger("actors")
+
+WAITING_MAX = 10_000
+
+
+class _Reader(pykka.ThreadingActor):
+    """Calls the subscriber, on a thread of its own."""
+
+    use_daemon_thread = True
+
+    def __init__(
+        self, subscriber: Callable[[Event], Any], take: Callable[[], Event | None]
+    ) -> None:
+        super().__init__()
+        self._subscriber = subscriber
+        self._take = take
+
+    def on_receive(self, message: Any) -> None:
+        while (event := self._take()) is not None:
+            try:
+                self._subscriber(event)
+            except Exception:  # the subscriber's trouble is nobody else's
+                _log.exception("a subscriber of events raised")
+
+
+class Subscription:
+    """One subscriber: what waits for it, and its thread once there is something.
+
+    At most `WAITING_MAX` events wait; then the oldest are dropped, and an
+    `EventsLost` in their place says how many.
+    """
+
+    def __init__(
+        self,
+        subscriber: Callable[[Event], Any],
+        leave: Callable[["Subscription"], None],
+    ) -> None:
+        self._subscriber = subscriber
+        self._leave = leave
+        self._lock = threading.Lock()
+        self._waiting: deque[Event] = deque()
+        self._lost: EventsLost | None = None
+        self._reader: pykka.ActorRef[_Reader] | None = None
+        self._is_awake = False
+        self._is_cancelled = False
+
+    def __enter__(self) -> "Subscription":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+    def put(self, event: Event) -> None:
+        """Let the subscriber have it, soon."""
+        with self._lock:
+            if self._is_cancelled:
+                return
+            if len(self._waiting) >= WAITING_MAX:
+                oldest = self._waiting.popleft()
+                self._lost = EventsLost(
+                    node=oldest.node,
+                    number=oldest.number,
+                    at_ms=oldest.at_ms,
+                    epoch=oldest.epoch,
+                    name="EventsLost",
+                    count=(self._lost.count if self._lost else 0) + 1,
+                )
+            self._waiting.append(event)
+            if self._is_awake:
+                return
+            self._is_awake = True
+            if self._reader is None:
+                self._reader = _Reader.start(self._subscriber, self._take)
+            self._reader.tell(None)
+
+    def _take(self) -> Event | None:
+        with self._lock:
+            if self._lost is not None:
+                lost, self._lost = self._lost, None
+                return lost
+            if self._waiting:
+                return self._waiting.popleft()
+            self._is_awake = False
+            return None
+
+    def cancel(self, *, timeout_s: float = 5.0) -> None:
+        """Subscribe no more; what waits is delivered first, within the time."""
+        self._leave(self)
+        with self._lock:
+            self._is_cancelled = True
+            reader, self._reader = self._reader, None
+        if reader is None:
+            return
+        if threading.current_thread().name.startswith("_Reader"):
+            reader.stop(block=False)
+            return
+        try:
+            reader.stop(timeout=timeout_s)
+        except pykka.Timeout:
+            _log.warning("a subscriber of events does not come back")
+
+
+class EventStream:
+    """Numbers what happened on a node, and lets subscribers have it in order."""
+
+    def __init__(self, node: str, wall_ms: Callable[[], int]) -> None:
+        self._node = node
+        self._wall_ms = wall_ms
+        self._lock = threading.Lock()
+        self._number = 0
+        self._subscriptions: list[Subscription] = []
+        self.counts: Counter[str] = Counter()
+
+    def publish(self, happened: Happened, epoch: int) -> None:
+        """Number it, and hand it to whoever subscribes; returns at once."""
+        with self._lock:
+            self._number += 1
+            self.counts[happened.name] += 1
+            if not self._subscriptions:
+                return
+            event = event_of(
+                happened,
+                node=self._node,
+                number=self._number,
+                at_ms=self._wall_ms(),
+                epoch=epoch,
+            )
+            for subscription in self._subscriptions:
+                subscription.put(event)
+
+    def subscribe(self, subscriber: Callable[[Event], Any]) -> Subscription:
+        """Have `subscriber` called with each event from now on, in order."""
+        subscription = Subscription(subscriber, self._remove)
+        self.add(subscription)
+        return subscription
+
+    def add(self, subscription: Subscription) -> None:
+        """Let `subscription`, perhaps another stream's too, have these events."""
+        with self._lock:
+            self._subscriptions.append(subscription)
+
+    def _remove(self, subscription: Subscription) -> None:
+        with self._lock:
+            if subscription in self._subscriptions:
+                self._subscriptions.remove(subscription)
+
+    def close(self) -> None:
+        """Deliver what waits, and end the subscriptions."""
+        for subscription in tuple(self._subscriptions):
+            subscription.cancel()

@@ -1,0 +1,431 @@
+"""The outbox of a node: sends messages to identities, and awaits their answers."""
+
+import heapq
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from actors.activation import Activation, Mail
+from actors.dispatch import Alarm, Dispatcher
+from actors.future import Future
+from actors.grain import decode_rejected
+from messages import payload as payloads
+from messages.frames import (
+    Answer,
+    Bounce,
+    Deliver,
+    Failure,
+    Frame,
+    Mark,
+    Redirect,
+    Refused,
+    Resolve,
+    Resolved,
+)
+from placement.claim import NeedTopology
+from placement.delivery import (
+    Deliveries,
+    DeliveryEffect,
+    FailMessage,
+    Outgoing,
+    ResolvePid,
+    SendMark,
+    Transmit,
+)
+from placement.entry import Pid
+from placement.errors import (
+    REASONS,
+    HandlerFailed,
+    NotReady,
+    OutcomeUnknown,
+    PlacementError,
+    Refusal,
+)
+from placement.event import Happened
+from placement.identity import Identity
+from placement.partition import PartitionTable
+from placement.registry import VirtualActorRegistry
+from placement.topology import Address, SessionId, address_of
+
+_LOOK_EVERY_NS = 20_000_000
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """An ask without an answer yet; `session` is where it went, none while held."""
+
+    future: Future
+    message: Outgoing
+    session: SessionId | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Sought:
+    """A resolution that somebody waits for, held like a message."""
+
+    future: Future
+
+
+class Outbox:
+    """Messages of one node to any identity, from any thread.
+
+    Its lock orders sending against the sealing of mailboxes on this node, so
+    that nothing overtakes what a sealed mailbox gives back.
+    """
+
+    def __init__(
+        self,
+        *,
+        own: Address,
+        dispatcher: Dispatcher,
+        deliveries: Deliveries,
+        registry: VirtualActorRegistry[Activation],
+        send: Callable[[Address, Frame], bool],
+        need_topology: Callable[[int], None],
+        publish: Callable[[Happened], None],
+        ask_timeout: float,
+    ) -> None:
+        self.lock = threading.RLock()
+        self.ask_timeout = ask_timeout
+        self._own = own
+        self._dispatcher = dispatcher
+        self._now_ns = dispatcher.now_ns
+        self._deliveries = deliveries
+        self._registry = registry
+        self._send_frame = send
+        self._need_topology = need_topology
+        self._publish = publish
+        self._last_number = 0
+        self._asked: dict[int, _Asked] = {}
+        self._deadlines: list[tuple[int, int]] = []
+        self._alarm = Alarm(dispatcher, self._tick)
+        self._effects: deque[DeliveryEffect] = deque()
+        self._is_performing = False
+
+    # --- the node ---
+
+    def open(self) -> None:
+        """Send from now on."""
+        with self.lock:
+            self._deliveries.open()
+
+    def close(self, why: str) -> None:
+        """Send no more; what waits for an answer hears why there is none."""
+        with self.lock:
+            self._perform(self._deliveries.close(why))
+            asked, self._asked = self._asked, {}
+            self._alarm.cancel()
+        for each in asked.values():
+            each.future.set_error(
+                NotReady(why) if each.session is None else OutcomeUnknown(why)
+            )
+
+    def adopt(self, table: PartitionTable, closed: Iterable[SessionId]) -> None:
+        """Resolve by `table`; no answer comes from `closed` sessions any more."""
+        gone = frozenset(closed)
+        with self.lock:
+            now_ns = self._now_ns()
+            self._perform(self._deliveries.adopt(table, gone, now_ns=now_ns))
+            lost = [
+                number for number, each in self._asked.items() if each.session in gone
+            ]
+            ended = [self._asked.pop(number) for number in lost]
+        for each in ended:
+            each.future.set_error(
+                OutcomeUnknown(f"{each.message.identity}: {each.session} has ended")
+            )
+
+    # --- sending ---
+
+    def send(
+        self,
+        identity: Identity,
+        payload: Any,
+        *,
+        future: Future | None,
+        timeout: float | None,
+        request_id: str,
+        chain: tuple[str, ...],
+    ) -> None:
+        """Send `payload`, which has been checked and copied."""
+        now_ns = self._now_ns()
+        seconds = self.ask_timeout if timeout is None else timeout
+        deadline_ns = now_ns + max(0, round(seconds * 1e9))
+        mail = Mail(payload, request_id, chain, deadline_ns, future is not None, self)
+        with self.lock:
+            self._last_number += 1
+            number = self._last_number
+            message = Outgoing(number, identity, deadline_ns, mail)
+            mail.number, mail.carried = number, message
+            if future is not None:
+                self._asked[number] = _Asked(future, message)
+                if not self._deadlines or deadline_ns < self._deadlines[0][0]:
+                    self._alarm.set(deadline_ns)
+                heapq.heappush(self._deadlines, (deadline_ns, number))
+            self._dispatch(message, now_ns)
+
+    def seek(self, identity: Identity, timeout: float | None) -> Future:
+        """A future of the pid of `identity`, which is started if it is not."""
+        future = Future()
+        now_ns = self._now_ns()
+        seconds = self.ask_timeout if timeout is None else timeout
+        deadline_ns = now_ns + max(0, round(seconds * 1e9))
+        with self.lock:
+            self._last_number += 1
+            self._dispatch(
+                Outgoing(self._last_number, identity, deadline_ns, _Sought(future)),
+                now_ns,
+            )
+        return future
+
+    def forget(self, pid: Pid) -> bool:
+        """Drop the reference from the cache."""
+        with self.lock:
+            return self._deliveries.cache.remove(pid.identity, token=pid.fencing_token)
+
+    def _dispatch(self, message: Outgoing, now_ns: int) -> None:
+        refusal = self._deliveries.refusal()
+        pid = None
+        if refusal is None:
+            pid = self._deliveries.route(message.identity, now_ns)
+        if pid is None:
+            self._perform(self._deliveries.hold(message, now_ns=now_ns))
+            self._alarm.set(now_ns + _LOOK_EVERY_NS)
+        elif self._is_performing:
+            self._effects.append(Transmit(pid, message))
+        else:
+            bounced = self._transmit(pid, message, now_ns)
+            if bounced:
+                self._perform(bounced)
+
+    def _perform(self, effects: Iterable[DeliveryEffect]) -> None:
+        """Perform in order; the lock is held."""
+        self._effects.extend(effects)
+        if self._is_performing:
+            return
+        self._is_performing = True
+        try:
+            while self._effects:
+                self._perform_one(self._effects.popleft())
+        finally:
+            self._is_performing = False
+
+    def _perform_one(self, effect: DeliveryEffect) -> None:
+        match effect:
+            case Transmit(pid, message):
+                self._effects.extend(self._transmit(pid, message, self._now_ns()))
+            case ResolvePid(request, identity, owner, epoch, remaining_ns):
+                # Undeliverable ones are asked again at the next look.
+                self._send_frame(
+                    address_of(owner),
+                    Resolve(request, identity, epoch, remaining_ns // 1_000_000),
+                )
+            case SendMark(pid, mark):
+                sent = self._send_frame(
+                    pid.address, Mark(pid.identity, pid.fencing_token, mark)
+                )
+                if not sent:
+                    # It ended in good order: what was to bounce has bounced.
+                    self._effects.extend(
+                        self._deliveries.marked(
+                            pid.identity, mark, now_ns=self._now_ns()
+                        )
+                    )
+            case FailMessage(message, refusal):
+                self._fail(message, refusal)
+            case NeedTopology(epoch):
+                self._need_topology(epoch)
+            case Happened():
+                self._publish(effect)
+
+    def _transmit(
+        self, pid: Pid, message: Outgoing, now_ns: int
+    ) -> tuple[DeliveryEffect, ...]:
+        content = message.content
+        if isinstance(content, _Sought):
+            content.future.set(pid)
+            return ()
+        assert isinstance(content, Mail)
+        if content.is_ask:
+            asked = self._asked.get(message.number)
+            if asked is None:
+                return ()  # its time is over
+            asked.session = pid.session
+        if pid.address == self._own:
+            found = self._registry.find(pid.identity)
+            if (
+                found is not None
+                and found.pid == pid
+                and found.activation.deliver(content)
+            ):
+                return ()
+            return self._deliveries.bounced(
+                pid, message, needs_mark=False, now_ns=now_ns
+            )
+        frame = Deliver(
+            pid.identity,
+            pid.fencing_token,
+            message.number if content.is_ask else 0,
+            content.payload,
+            content.request_id,
+            max(1, (message.deadline_ns - now_ns) // 1_000_000),
+            content.chain,
+        )
+        if self._send_frame(pid.address, frame):
+            return ()
+        return self._deliveries.bounced(pid, message, needs_mark=False, now_ns=now_ns)
+
+    def _fail(self, message: Outgoing, refusal: Refusal) -> None:
+        content = message.content
+        if isinstance(content, _Sought):
+            content.future.set_error(refusal.error())
+        elif isinstance(content, Mail) and content.is_ask:
+            asked = self._asked.pop(message.number, None)
+            if asked is not None:
+                asked.future.set_error(refusal.error())
+        else:
+            self._publish(
+                Happened(
+                    kind="actor",
+                    name="MessageDropped",
+                    identity=message.identity,
+                    reason=f"{refusal.reason}: {refusal.message}",
+                )
+            )
+
+    # --- origin of the mails of this node (any thread) ---
+
+    def answered(self, mail: Mail, value: Any, pid: Pid) -> None:
+        """An activation on this node has answered."""
+        asked = self._asked.pop(mail.number, None)
+        if asked is not None:
+            asked.future.set(value)
+
+    def failed(self, mail: Mail, error: PlacementError) -> None:
+        """An activation on this node has refused or failed."""
+        asked = self._asked.pop(mail.number, None)
+        if asked is not None:
+            asked.future.set_error(error)
+
+    def bounced(self, mail: Mail, pid: Pid) -> None:
+        """A sealed mailbox on this node gives it back; the lock is held."""
+        message = mail.carried
+        assert isinstance(message, Outgoing)
+        with self.lock:
+            now_ns = self._now_ns()
+            asked = self._asked.get(message.number)
+            if asked is not None:
+                asked.session = None
+            self._perform(
+                self._deliveries.bounced(pid, message, needs_mark=False, now_ns=now_ns)
+            )
+            self._alarm.set(now_ns + _LOOK_EVERY_NS)
+
+    # --- frames that come back ---
+
+    def on_answer(self, frame: Answer) -> None:
+        """Another node's activation has answered."""
+        asked = self._asked.pop(frame.message_id, None)
+        if asked is not None:
+            asked.future.set(frame.payload)
+
+    def on_failure(self, frame: Failure) -> None:
+        """Another node's activation has refused or failed."""
+        asked = self._asked.pop(frame.message_id, None)
+        if asked is not None:
+            asked.future.set_error(error_of(frame))
+
+    def on_bounce(self, sender: Address, frame: Bounce) -> None:
+        """A message found nobody at another node."""
+        identity = Identity.parse(frame.identity)
+        with self.lock:
+            now_ns = self._now_ns()
+            if frame.message_id:
+                asked = self._asked.get(frame.message_id)
+                if asked is None or asked.session is None:
+                    return
+                message, session = asked.message, asked.session
+                if address_of(session) != sender:
+                    return
+                asked.session = None
+            else:
+                self._last_number += 1
+                deadline_ns = now_ns + frame.remaining_ms * 1_000_000
+                mail = Mail(
+                    frame.payload,
+                    frame.request_id,
+                    frame.chain,
+                    deadline_ns,
+                    False,
+                    self,
+                )
+                message = Outgoing(self._last_number, identity, deadline_ns, mail)
+                mail.number, mail.carried = message.number, message
+                # The mark goes to the incarnation; its session's number is not
+                # needed for that.
+                session = SessionId(f"{sender}#0")
+            self._perform(
+                self._deliveries.bounced(
+                    Pid(identity, session, frame.token),
+                    message,
+                    needs_mark=True,
+                    now_ns=now_ns,
+                )
+            )
+            self._alarm.set(now_ns + _LOOK_EVERY_NS)
+
+    def on_marked(self, identity: Identity, mark: int) -> None:
+        """A mark is back."""
+        with self.lock:
+            self._perform(
+                self._deliveries.marked(identity, mark, now_ns=self._now_ns())
+            )
+
+    def on_resolution(self, frame: Resolved | Redirect | Refused) -> None:
+        """A coordinator has answered."""
+        with self.lock:
+            now_ns = self._now_ns()
+            match frame:
+                case Resolved(request, identity, session, token):
+                    pid = Pid(Identity.parse(identity), SessionId(session), token)
+                    effects = self._deliveries.resolved(request, pid, now_ns=now_ns)
+                case Redirect(request, _, epoch, session):
+                    effects = self._deliveries.redirected(
+                        request, epoch, SessionId(session), now_ns=now_ns
+                    )
+                case Refused(request, _, reason, message):
+                    effects = self._deliveries.refused(
+                        request, Refusal(reason, message), now_ns=now_ns
+                    )
+            self._perform(effects)
+
+    def _tick(self) -> None:
+        late: list[_Asked] = []
+        with self.lock:
+            now_ns = self._now_ns()
+            self._perform(self._deliveries.tick(now_ns=now_ns))
+            while self._deadlines and self._deadlines[0][0] <= now_ns:
+                _, number = heapq.heappop(self._deadlines)
+                asked = self._asked.pop(number, None)
+                if asked is not None:
+                    late.append(asked)
+            while self._deadlines and self._deadlines[0][1] not in self._asked:
+                heapq.heappop(self._deadlines)
+            if self._deadlines:
+                self._alarm.set(self._deadlines[0][0])
+            if self._deliveries.is_holding:
+                self._alarm.set(now_ns + _LOOK_EVERY_NS)
+        for each in late:
+            identity = each.message.identity
+            each.future.set_error(OutcomeUnknown(f"{identity}: no answer in time"))
+
+
+def error_of(frame: Failure) -> PlacementError:
+    """The error that a failure frame stands for."""
+    if frame.reason == "Rejected":
+        return decode_rejected(frame.type_name, frame.message, frame.fields)
+    if frame.reason == "HandlerFailed":
+        return HandlerFailed(frame.type_name, frame.message)
+    return REASONS.get(frame.reason, PlacementError)(frame.message)

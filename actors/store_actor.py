@@ -1,0 +1,190 @@
+"""The store actor: performs what waits as one transaction (group commit).
+
+Sessions have an actor and a connection of their own, so that a renewal never
+waits behind other effects.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeAlias
+
+import structlog
+
+from actors.dispatch import DispatchedActor, Dispatcher
+from placement.contracts import (
+    Acquire,
+    Claim,
+    Failed,
+    GiveUp,
+    Load,
+    Release,
+    Save,
+    Store,
+    StoreFailure,
+)
+from placement.session import (
+    CloseSession,
+    OpenSession,
+    ReadSessions,
+    RenewSession,
+    StoreTrouble,
+    WriteMembers,
+)
+
+_log = structlog.get_logger("actors")
+
+EntryRequest: TypeAlias = Acquire | Release | Load | Claim | Save | GiveUp
+SessionRequest: TypeAlias = (
+    OpenSession | RenewSession | ReadSessions | CloseSession | WriteMembers
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Perform:
+    """Perform `request`; `reply(request, outcome)` runs as a turn of `to`."""
+
+    request: EntryRequest | SessionRequest
+    reply: Callable[[Any, Any], None]
+    to: Dispatcher
+
+
+@dataclass(slots=True, eq=False)
+class _Step:
+    """One request to the store, and whom its outcome is for."""
+
+    request: Any
+    asked: list[Perform] = field(default_factory=list)
+    outcome: Any = None
+
+
+class StoreActor(DispatchedActor):
+    """Drains the requests that wait, up to a bound, into one transaction."""
+
+    batch_max: ClassVar[int] = 1_000
+
+    def __init__(self, store: Store, *, dispatcher: Dispatcher) -> None:
+        super().__init__(dispatcher=dispatcher)
+        self._store = store
+        self.batch_count = 0
+        self.request_count = 0
+        self.failure_count = 0
+        self._methods: dict[type, Callable[[Sequence[Any]], Sequence[Any]]] = {
+            # In this order within a round: what frees before what takes.
+            Release: store.release,
+            GiveUp: store.give_up,
+            Save: store.save,
+            Load: store.load,
+            Acquire: store.try_acquire,
+            Claim: store.claim,
+        }
+
+    def on_stop(self) -> None:
+        """Close the connection."""
+        self._store.close()
+
+    def _handle_batch(self, batch: list[Any]) -> None:
+        entries: list[Perform] = []
+        done: list[tuple[Perform, Any]] = []
+        others: list[Any] = []
+        for envelope in batch:
+            message = envelope.message
+            if not isinstance(message, Perform):
+                others.append(envelope)
+            elif type(message.request) in self._methods:
+                entries.append(message)
+            else:
+                done.append((message, self._perform_session(message.request)))
+        if entries:
+            steps = _steps(entries)
+            self._perform_all(steps)
+            done += ((asked, step.outcome) for step in steps for asked in step.asked)
+        self.batch_count += 1
+        self.request_count += len(done)
+        replies: dict[int, tuple[Dispatcher, list[tuple[Perform, Any]]]] = {}
+        for perform, outcome in done:
+            to = replies.setdefault(id(perform.to), (perform.to, []))
+            to[1].append((perform, outcome))
+        for dispatcher, answered in replies.values():
+            dispatcher.post(_reply, answered)
+        super()._handle_batch(others)
+
+    def _perform_session(self, request: Any) -> Any:
+        store = self._store
+        try:
+            match request:
+                case OpenSession(record):
+                    return store.open_session(record)
+                case RenewSession(session, count):
+                    return store.renew_session(session, count)
+                case ReadSessions():
+                    return store.read_sessions()
+                case CloseSession(session, count):
+                    return store.close_session(session, count)
+                case WriteMembers(members, expected_epoch):
+                    return store.write_members(members, expected_epoch)
+        except StoreFailure as error:
+            self.failure_count += 1
+            return StoreTrouble(str(error))
+        raise TypeError(f"no request to a store: {request!r}")
+
+    def _perform_all(self, flat: list["_Step"]) -> None:
+        try:
+            self._perform_once(flat)
+        except StoreFailure as error:
+            self.failure_count += 1
+            if error.may_have_happened or len(flat) == 1:
+                outcome = Failed(str(error), error.may_have_happened)
+                for step in flat:
+                    step.outcome = outcome
+                return
+            # One of them may be the cause: let it fail alone.
+            for step in flat:
+                self._perform_all([step])
+
+    def _perform_once(self, steps: list["_Step"]) -> None:
+        """One transaction: in rounds, so that each identity's order is kept."""
+        rounds: list[dict[type, list[_Step]]] = []
+        seen: dict[str, int] = {}
+        for step in steps:
+            identity = step.request.identity
+            number = seen.get(identity, 0)
+            seen[identity] = number + 1
+            if number == len(rounds):
+                rounds.append({})
+            rounds[number].setdefault(type(step.request), []).append(step)
+        with self._store.transaction():
+            for each in rounds:
+                for kind, method in self._methods.items():
+                    same = each.get(kind)
+                    if same:
+                        outcomes = method([step.request for step in same])
+                        for step, outcome in zip(same, outcomes, strict=True):
+                            step.outcome = outcome
+
+
+def _steps(entries: list[Perform]) -> list[_Step]:
+    """One step a request; of saves that follow each other only the last is made."""
+    steps: list[_Step] = []
+    last: dict[str, _Step] = {}
+    for perform in entries:
+        request: Any = perform.request
+        before = last.get(request.identity)
+        if (
+            before is not None
+            and isinstance(request, Save)
+            and isinstance(before.request, Save)
+            and before.request.fencing_token == request.fencing_token
+            and before.request.version < request.version
+        ):
+            before.request = request
+            before.asked.append(perform)
+            continue
+        step = _Step(request, [perform])
+        last[request.identity] = step
+        steps.append(step)
+    return steps
+
+
+def _reply(answered: list[tuple[Perform, Any]]) -> None:
+    for perform, outcome in answered:
+        perform.reply(perform.request, outcome)
