@@ -1,0 +1,241 @@
+"""The PartitionCoordinator: decides the claims of the partitions its node owns."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import pykka
+
+from actors.dispatch import Alarm, DispatchedActor, Dispatcher
+from actors.store_actor import Perform
+from messages.frames import (
+    AskHolder,
+    AskOwner,
+    Frame,
+    HolderAnswer,
+    OwnerAnswer,
+    Redirect,
+    Refused,
+    Resolve,
+    Resolved,
+    Start,
+    Started,
+    StartRefused,
+)
+from placement.claim import (
+    AcquireLock,
+    AnswerPid,
+    AskHolderSession,
+    AskOwnerSession,
+    ChooseHost,
+    ClaimEffect,
+    Claims,
+    NeedTopology,
+    RedirectTo,
+    Refuse,
+    ReleaseLock,
+    Requester,
+    StartAt,
+    TellHolderState,
+)
+from placement.contracts import Acquire, Acquired, Failed, LockHeld, Release, Released
+from placement.entry import Acquisition
+from placement.errors import Refusal
+from placement.event import Happened
+from placement.identity import Identity
+from placement.partition import PartitionTable
+from placement.topology import Address, SessionId, address_of
+
+CoordinatorFrame: TypeAlias = (
+    Resolve | Started | StartRefused | OwnerAnswer | AskHolder | HolderAnswer
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A frame has come from `sender`."""
+
+    sender: Address
+    body: Frame
+
+
+@dataclass(frozen=True, slots=True)
+class TopologyChanged:
+    """The node's session and the table of the newest topology; who is closed."""
+
+    session: SessionId | None
+    table: PartitionTable | None
+    closed: tuple[SessionId, ...]
+    why_not: str = ""
+
+
+class PartitionCoordinator(DispatchedActor):
+    """Carries inputs to its claims, and performs what they decide."""
+
+    def __init__(
+        self,
+        *,
+        dispatcher: Dispatcher,
+        choose_host: ChooseHost,
+        entries: pykka.ActorRef[Any],
+        send: Callable[[Address, Frame], bool],
+        need_topology: Callable[[int], None],
+        publish: Callable[[Happened], None],
+        is_dead: Callable[[], bool],
+    ) -> None:
+        super().__init__(dispatcher=dispatcher)
+        self._claims = Claims(choose_host=choose_host)
+        self._entries = entries
+        self._send = send
+        self._need_topology = need_topology
+        self._publish = publish
+        self._is_dead = is_dead
+        self._alarm = Alarm(dispatcher, self._tick)
+
+    def on_stop(self) -> None:
+        """Leave no timer behind."""
+        self._alarm.cancel()
+
+    def on_receive(self, message: Arrived | TopologyChanged) -> None:
+        """Decide on a frame, or by a new topology."""
+        if self._is_dead():
+            return
+        now_ns = self.dispatcher.now_ns()
+        match message:
+            case TopologyChanged(session, table, closed, why_not):
+                effects = self._claims.adopt(
+                    session, table, closed=closed, why_not=why_not, now_ns=now_ns
+                )
+            case Arrived(sender, body):
+                effects = self._frame(sender, body, now_ns)
+        self._perform(effects)
+
+    def _frame(
+        self, sender: Address, body: Frame, now_ns: int
+    ) -> tuple[ClaimEffect, ...]:
+        claims = self._claims
+        match body:
+            case Resolve(request, identity, epoch, remaining_ms):
+                return claims.request(
+                    Requester(sender, request),
+                    Identity.parse(identity),
+                    epoch=epoch,
+                    deadline_ns=now_ns + remaining_ms * 1_000_000,
+                    now_ns=now_ns,
+                )
+            case Started(identity, procedure, host, token):
+                return claims.started(
+                    Identity.parse(identity), procedure, SessionId(host), token
+                )
+            case StartRefused(identity, procedure, host, reason, message):
+                return claims.start_refused(
+                    Identity.parse(identity),
+                    procedure,
+                    SessionId(host),
+                    Refusal(reason, message),
+                    now_ns=now_ns,
+                )
+            case OwnerAnswer(identity, session, procedure, state, token):
+                return claims.owner_answered(
+                    Identity.parse(identity),
+                    SessionId(session),
+                    procedure,
+                    state,
+                    token,
+                    now_ns=now_ns,
+                )
+            case AskHolder(identity, session, holder_procedure, procedure):
+                return claims.holder_asked(
+                    sender,
+                    Identity.parse(identity),
+                    Acquisition(SessionId(session), holder_procedure),
+                    procedure,
+                )
+            case HolderAnswer(identity, session, holder_procedure, procedure, state):
+                return claims.holder_answered(
+                    Identity.parse(identity),
+                    Acquisition(SessionId(session), holder_procedure),
+                    procedure,
+                    state,
+                    now_ns=now_ns,
+                )
+        raise TypeError(f"no frame for a coordinator: {body!r}")
+
+    def _tick(self) -> None:
+        if not self._is_dead():
+            self._perform(self._claims.tick(now_ns=self.dispatcher.now_ns()))
+
+    def _acquired(
+        self, request: Acquire, outcome: Acquired | LockHeld | Failed
+    ) -> None:
+        if not self._is_dead():
+            now_ns = self.dispatcher.now_ns()
+            self._perform(self._claims.acquired(request, outcome, now_ns=now_ns))
+
+    def _released(self, request: Release, outcome: Released | Failed) -> None:
+        if not self._is_dead():
+            is_released = isinstance(outcome, Released)
+            self._perform(self._claims.released(request, is_released=is_released))
+
+    def _perform(self, effects: Iterable[ClaimEffect]) -> None:
+        for effect in effects:
+            match effect:
+                case AcquireLock(request):
+                    self._entries.tell(
+                        Perform(request, self._acquired, self.dispatcher)
+                    )
+                case ReleaseLock(release):
+                    self._entries.tell(
+                        Perform(release, self._released, self.dispatcher)
+                    )
+                case AskOwnerSession(session, identity, token, procedure):
+                    self._send(
+                        address_of(session),
+                        AskOwner(identity, session, token, procedure),
+                    )
+                case AskHolderSession(holder, identity, procedure):
+                    self._send(
+                        address_of(holder.session),
+                        AskHolder(
+                            identity, holder.session, holder.procedure, procedure
+                        ),
+                    )
+                case TellHolderState(address, identity, holder, procedure, state):
+                    self._send(
+                        address,
+                        HolderAnswer(
+                            identity, holder.session, holder.procedure, procedure, state
+                        ),
+                    )
+                case StartAt(host, identity, acquisition, revision, epoch, remaining):
+                    self._send(
+                        address_of(host),
+                        Start(
+                            identity,
+                            acquisition.procedure,
+                            acquisition.session,
+                            host,
+                            revision,
+                            epoch,
+                            remaining // 1_000_000,
+                        ),
+                    )
+                case AnswerPid(to, pid):
+                    self._send(
+                        to.address,
+                        Resolved(
+                            to.request, pid.identity, pid.session, pid.fencing_token
+                        ),
+                    )
+                case RedirectTo(to, identity, epoch, owner):
+                    self._send(to.address, Redirect(to.request, identity, epoch, owner))
+                case Refuse(to, identity, refusal):
+                    self._send(
+                        to.address,
+                        Refused(to.request, identity, refusal.reason, refusal.message),
+                    )
+                case NeedTopology(epoch):
+                    self._need_topology(epoch)
+                case Happened():
+                    self._publish(effect)
+        self._alarm.set(self._claims.due_ns)

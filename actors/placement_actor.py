@@ -1,0 +1,434 @@
+"""The PlacementActor: keeps its node's session, and hosts its activations."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import pykka
+
+from actors.activation import Activation
+from actors.coordinator import Arrived
+from actors.dispatch import Alarm, DispatchedActor, Dispatcher
+from actors.store_actor import Perform
+from messages.frames import (
+    AskOwner,
+    Frame,
+    LoopBack,
+    OwnerAnswer,
+    Passivate,
+    Start,
+    Started,
+    StartRefused,
+    TopologyHint,
+)
+from placement.contracts import Claim, Claimed, ClaimRefused, Failed, GiveUp
+from placement.entry import Acquisition, ActivationRecord, Pid
+from placement.errors import Refusal
+from placement.event import Happened
+from placement.hosting import (
+    ClaimEntry,
+    GiveUpEntry,
+    Hosting,
+    HostingEffect,
+    SessionSettled,
+    StartActivation,
+    StopActivation,
+    TellOwnerState,
+    TellStarted,
+    TellStartRefused,
+)
+from placement.identity import Identity
+from placement.lease import Guard
+from placement.registry import VirtualActorRegistry
+from placement.session import (
+    CloseSession,
+    Observer,
+    OpenSession,
+    OwnSession,
+    ReadSessions,
+    RenewSession,
+    SendEcho,
+    SessionBegan,
+    SessionEffect,
+    SessionEnded,
+    SessionLapsed,
+    TopologyAdopted,
+    WriteMembers,
+)
+from placement.topology import Address, SessionId, Topology
+
+
+@dataclass(frozen=True, slots=True)
+class BeginMember:
+    """Open a session, and host."""
+
+
+@dataclass(frozen=True, slots=True)
+class BeginClient:
+    """Read who the members are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Own no partitions, start nothing new, end what runs."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Drain, then close the session and leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class NeedNewTopology:
+    """Somebody speaks of a newer epoch; 0: perhaps."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class HasStarted:
+    """An activation serves."""
+
+    pid: Pid
+
+
+@dataclass(frozen=True, slots=True)
+class HasFailed:
+    """An activation did not start."""
+
+    pid: Pid
+    refusal: Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class HasEnded:
+    """An activation's last user code has been left."""
+
+    pid: Pid
+    version: int
+    snapshot: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class EndActivation:
+    """Passivate it, if it is that one; `fencing_token` none: whichever."""
+
+    identity: Identity
+    fencing_token: int | None
+
+
+PlacementMessage: TypeAlias = (
+    BeginMember
+    | BeginClient
+    | Drain
+    | Stop
+    | NeedNewTopology
+    | HasStarted
+    | HasFailed
+    | HasEnded
+    | EndActivation
+    | Arrived
+)
+
+
+class Surroundings(Protocol):
+    """What the actor tells its node. Called in turns of the system dispatcher."""
+
+    def make(
+        self, pid: Pid, record: ActivationRecord, guard: Guard
+    ) -> tuple[Activation, float | None]:
+        """Make an activation, not started; and seconds until it counts as idle."""
+
+    def adopted(self, topology: Topology, closed: tuple[SessionId, ...]) -> None:
+        """The members have changed."""
+
+    def session_changed(self, session: SessionId | None, why: str) -> None:
+        """The node's session began, or is over."""
+
+    def session_ended(self) -> None:
+        """The node has left in good order."""
+
+
+class PlacementActor(DispatchedActor):
+    """Carries inputs to the session and hosting machines, and performs effects."""
+
+    def __init__(
+        self,
+        *,
+        dispatcher: Dispatcher,
+        own: OwnSession,
+        observer: Observer,
+        hosting: Hosting,
+        registry: VirtualActorRegistry[Activation],
+        entries: pykka.ActorRef[Any],
+        sessions: pykka.ActorRef[Any],
+        send: Callable[[Address, Frame], bool],
+        send_echo: Callable[[Frame], None],
+        publish: Callable[[Happened], None],
+        node: Surroundings,
+        is_dead: Callable[[], bool],
+    ) -> None:
+        super().__init__(dispatcher=dispatcher)
+        self._own = own
+        self._observer = observer
+        self._hosting = hosting
+        self._registry = registry
+        self._entries = entries
+        self._sessions = sessions
+        self._send = send
+        self._send_echo = send_echo
+        self._publish = publish
+        self._node = node
+        self._is_dead = is_dead
+        self._is_member = False
+        self._guards: dict[SessionId, Guard] = {}
+        self._alarm = Alarm(dispatcher, self._tick)
+
+    def on_stop(self) -> None:
+        """Leave no timer behind."""
+        self._alarm.cancel()
+
+    @property
+    def guards(self) -> tuple[Guard, ...]:
+        """The guards of this incarnation's sessions."""
+        return tuple(self._guards.values())
+
+    def on_receive(self, message: PlacementMessage) -> None:
+        """Take one input."""
+        if self._is_dead():
+            return
+        now_ns = self.dispatcher.now_ns()
+        match message:
+            case HasStarted(pid):
+                self._host(self._hosting.started(pid))
+            case HasEnded(pid, version, snapshot):
+                self._registry.remove(pid)
+                self._host(self._hosting.ended(pid, version=version, snapshot=snapshot))
+            case HasFailed(pid, refusal):
+                self._registry.remove(pid)
+                self._host(self._hosting.start_failed(pid, refusal))
+            case EndActivation(identity, token):
+                self._host(self._hosting.passivate(identity, fencing_token=token))
+            case Arrived(sender, body):
+                self._frame(sender, body, now_ns)
+            case NeedNewTopology(epoch):
+                self._keep(self._machine.hint(epoch))
+            case BeginMember():
+                self._is_member = True
+                self._keep(self._own.start(now_ns))
+            case BeginClient():
+                self._keep(self._observer.start(now_ns))
+            case Drain(why):
+                self._keep(self._own.drain())
+                self._host(self._hosting.drain(why))
+            case Stop():
+                self._stop_node(now_ns)
+        self._set_alarm()
+
+    @property
+    def _machine(self) -> OwnSession | Observer:
+        return self._own if self._is_member else self._observer
+
+    def _stop_node(self, now_ns: int) -> None:
+        if not self._is_member:
+            self._observer.stop()
+            self._node.session_ended()
+            return
+        self._keep(self._own.stop(now_ns))
+        self._host(self._hosting.drain("the node is stopping"))
+
+    def _frame(self, sender: Address, body: Frame, now_ns: int) -> None:
+        match body:
+            case Start(identity, procedure, coordinator, host, revision):
+                self._host(
+                    self._hosting.start(
+                        Identity.parse(identity),
+                        acquisition=Acquisition(SessionId(coordinator), procedure),
+                        host=SessionId(host),
+                        expected_revision=revision,
+                    )
+                )
+            case AskOwner(identity, session, token, procedure):
+                self._host(
+                    self._hosting.asked(
+                        sender,
+                        Identity.parse(identity),
+                        session=SessionId(session),
+                        fencing_token=token,
+                        procedure=procedure,
+                        own=self._own.own_open(),
+                    )
+                )
+            case LoopBack(nonce):
+                self._keep(self._own.echoed(nonce, now_ns))
+            case TopologyHint(epoch):
+                self._keep(self._machine.hint(epoch))
+            case Passivate(identity, token):
+                self._host(
+                    self._hosting.passivate(
+                        Identity.parse(identity), fencing_token=token
+                    )
+                )
+            case _:
+                raise TypeError(f"no frame for a placement actor: {body!r}")
+
+    # --- time ---
+
+    def _set_alarm(self) -> None:
+        for due_ns in (
+            self._machine.due_ns,
+            self._hosting.due_ns,
+            self._registry.due_ns,
+        ):
+            self._alarm.set(due_ns)
+
+    def _tick(self) -> None:
+        if self._is_dead():
+            return
+        now_ns = self.dispatcher.now_ns()
+        self._keep(self._machine.tick(now_ns))
+        self._host(self._hosting.tick(now_ns=now_ns))
+        for pid in self._registry.idle(now_ns):
+            self._host(
+                self._hosting.passivate(pid.identity, fencing_token=pid.fencing_token)
+            )
+        self._set_alarm()
+
+    def passivate_idle(self, idle_for_ns: int) -> None:
+        """End all activations that were not used for so long."""
+        now_ns = self.dispatcher.now_ns()
+        for each in self._registry.all():
+            if now_ns - each.last_used_ns >= idle_for_ns:
+                self._host(
+                    self._hosting.passivate(
+                        each.pid.identity, fencing_token=each.pid.fencing_token
+                    )
+                )
+
+    # --- effects of hosting ---
+
+    def _claimed(
+        self, request: Claim, outcome: Claimed | ClaimRefused | Failed
+    ) -> None:
+        if not self._is_dead():
+            now_ns = self.dispatcher.now_ns()
+            self._host(self._hosting.claimed(request, outcome, now_ns=now_ns))
+            self._set_alarm()
+
+    def _given_up(self, request: GiveUp, outcome: Any) -> None:
+        if not self._is_dead():
+            now_ns = self.dispatcher.now_ns()
+            self._host(self._hosting.given_up(request, outcome, now_ns=now_ns))
+            self._set_alarm()
+
+    def _host(self, effects: Iterable[HostingEffect]) -> None:
+        for effect in effects:
+            match effect:
+                case ClaimEntry(claim):
+                    self._entries.tell(Perform(claim, self._claimed, self.dispatcher))
+                case GiveUpEntry(give_up):
+                    self._entries.tell(
+                        Perform(give_up, self._given_up, self.dispatcher)
+                    )
+                case StartActivation(pid, record):
+                    self._start(pid, record)
+                case StopActivation(pid, lapsed):
+                    found = self._registry.find(pid.identity)
+                    if found is not None and found.pid == pid:
+                        found.activation.stop(lapsed=lapsed)
+                case TellStarted(to, pid, procedure):
+                    self._send(
+                        to,
+                        Started(
+                            pid.identity, procedure, pid.session, pid.fencing_token
+                        ),
+                    )
+                case TellStartRefused(to, identity, procedure, host, refusal):
+                    self._send(
+                        to,
+                        StartRefused(
+                            identity, procedure, host, refusal.reason, refusal.message
+                        ),
+                    )
+                case TellOwnerState(to, identity, session, procedure, state, token):
+                    self._send(
+                        to, OwnerAnswer(identity, session, procedure, state, token)
+                    )
+                case SessionSettled(session):
+                    self._keep(self._own.settle(session, self.dispatcher.now_ns()))
+                case Happened():
+                    self._publish(effect)
+
+    def _start(self, pid: Pid, record: ActivationRecord) -> None:
+        activation, idle_after = self._node.make(pid, record, self._guards[pid.session])
+        self._registry.add(
+            pid,
+            activation,
+            now_ns=self.dispatcher.now_ns(),
+            idle_after_ns=None if idle_after is None else round(idle_after * 1e9),
+        )
+        activation.start()
+
+    # --- effects of the session ---
+
+    def _ask_sessions(
+        self, request: Any, take: Callable[[Any, int], Iterable[SessionEffect]]
+    ) -> None:
+        def reply(_: Any, outcome: Any) -> None:
+            if not self._is_dead():
+                self._keep(take(outcome, self.dispatcher.now_ns()))
+                self._set_alarm()
+
+        self._sessions.tell(Perform(request, reply, self.dispatcher))
+
+    def _keep(self, effects: Iterable[SessionEffect]) -> None:
+        own = self._own
+        for effect in effects:
+            match effect:
+                case OpenSession(record):
+                    session = record.session
+                    self._ask_sessions(
+                        effect, lambda o, now, s=session: own.opened(s, o, now)
+                    )
+                case RenewSession(session, count):
+                    self._ask_sessions(
+                        effect,
+                        lambda o, now, s=session, c=count: own.renewed(s, c, o, now),
+                    )
+                case ReadSessions():
+                    self._ask_sessions(effect, lambda o, now: self._viewed(o, now))
+                case CloseSession(session, count):
+                    self._ask_sessions(
+                        effect,
+                        lambda o, now, s=session, c=count: own.closed(s, c, o, now),
+                    )
+                case WriteMembers():
+                    self._ask_sessions(effect, self._members_written)
+                case SendEcho(nonce):
+                    self._send_echo(LoopBack(nonce))
+                case SessionBegan(session, guard):
+                    self._guards[session] = guard
+                    self._host(self._hosting.begin(session))
+                    self._node.session_changed(session, "")
+                case SessionLapsed(session, why):
+                    self._node.session_changed(None, why)
+                    self._host(self._hosting.lapse(session, why))
+                case SessionEnded():
+                    self._node.session_ended()
+                case TopologyAdopted(topology, closed):
+                    self._node.adopted(topology, closed)
+                case Happened():
+                    self._publish(effect)
+
+    def _viewed(self, outcome: Any, now_ns: int) -> Iterable[SessionEffect]:
+        return self._machine.viewed(outcome, now_ns)
+
+    def _members_written(self, outcome: Any, now_ns: int) -> Iterable[SessionEffect]:
+        effects = self._own.members_written(outcome, now_ns)
+        if isinstance(outcome, Topology):
+            # Let the others read it at once, rather than at their next renewal.
+            for address in sorted({m.address for m in self._own.topology.members}):
+                self._send(address, TopologyHint(outcome.epoch))
+        return effects
