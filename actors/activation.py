@@ -95,6 +95,18 @@ class Host(Protocol):
     ) -> None:
         """Store; the reply runs on the grain dispatcher."""
 
+    ask_timeout: float
+    current: "Activation | None"
+
+    def begun(self, pid: Pid) -> None:
+        """User code is about to be entered for the first time."""
+
+    def kind_of(self, actor_class: type) -> str:
+        """The kind under which the node knows the class."""
+
+    def class_of(self, kind: str) -> type | None:
+        """The class of that kind, where the node knows it."""
+
     def started(self, pid: Pid) -> None:
         """The activation serves."""
 
@@ -152,6 +164,9 @@ class Activation(Protocol):
 
     def bounce_all(self) -> None:
         """Seal the mailbox and give back what is in it; the node's lock is held."""
+
+    def abandon(self) -> None:
+        """The node is gone: end what threads it has, without any hook."""
 
 
 @dataclass(slots=True, eq=False)
@@ -270,6 +285,9 @@ class GrainActivation:
             if isinstance(mail, Mail):
                 mail.origin.bounced(mail, self.pid)
 
+    def abandon(self) -> None:
+        """A Grain has no thread of its own."""
+
     # --- turns ---------------------------------------------------------------
 
     def _start(self) -> None:
@@ -279,6 +297,7 @@ class GrainActivation:
             self._lapse()
             return
         self._turn = turn = _Turn("activate")
+        self._host.begun(self.pid)
         running.activation = self
         try:
             self._grain = grain = self.kind.make(self.context)
@@ -744,3 +763,20 @@ class GrainActivation:
     def random(self) -> Random:
         """The node's source of chance."""
         return self._host.random
+
+    @property
+    def ask_timeout(self) -> float:
+        """Seconds that an ask waits unless it says otherwise."""
+        return self._host.ask_timeout
+
+    def may_block(self) -> bool:
+        """A Grain must not."""
+        return False
+
+    def kind_of(self, actor_class: type) -> str:
+        """The kind under which the node knows the class."""
+        return self._host.kind_of(actor_class)
+
+    def class_of(self, kind: str) -> type | None:
+        """The class of that kind, where the node knows it."""
+        return self._host.class_of(kind)

@@ -41,6 +41,10 @@ class Surroundings(Protocol):
     def random(self) -> Random:
         """A source of chance."""
 
+    @property
+    def ask_timeout(self) -> float:
+        """Seconds that an ask waits unless it says otherwise."""
+
     def now_s(self) -> float:
         """The wall clock, in seconds."""
 
@@ -79,10 +83,11 @@ class Surroundings(Protocol):
 class _ContextSender:
     """Sends as the activation does: behind its guard and its output gate."""
 
-    __slots__ = ("_around",)
+    __slots__ = ("_around", "ask_timeout")
 
     def __init__(self, around: Surroundings) -> None:
         self._around = around
+        self.ask_timeout = around.ask_timeout
 
     def ask(
         self,

@@ -144,8 +144,10 @@ class Surroundings(Protocol):
     def adopted(self, topology: Topology, closed: tuple[SessionId, ...]) -> None:
         """The members have changed."""
 
-    def session_changed(self, session: SessionId | None, why: str) -> None:
-        """The node's session began, or is over."""
+    def session_changed(
+        self, session: SessionId | None, why: str, guard: Guard | None = None
+    ) -> None:
+        """The node's session began, guarded so, or is over."""
 
     def session_ended(self) -> None:
         """The node has left in good order."""
@@ -189,11 +191,6 @@ class PlacementActor(DispatchedActor):
     def on_stop(self) -> None:
         """Leave no timer behind."""
         self._alarm.cancel()
-
-    @property
-    def guards(self) -> tuple[Guard, ...]:
-        """The guards of this incarnation's sessions."""
-        return tuple(self._guards.values())
 
     def on_receive(self, message: PlacementMessage) -> None:
         """Take one input."""
@@ -411,7 +408,7 @@ class PlacementActor(DispatchedActor):
                 case SessionBegan(session, guard):
                     self._guards[session] = guard
                     self._host(self._hosting.begin(session))
-                    self._node.session_changed(session, "")
+                    self._node.session_changed(session, "", guard)
                 case SessionLapsed(session, why):
                     self._node.session_changed(None, why)
                     self._host(self._hosting.lapse(session, why))

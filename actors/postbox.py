@@ -52,6 +52,13 @@ class Postbox:
         self._is_open = False
         self._transport.detach(self._address)
 
+    def leave(self, timeout_s: float) -> None:
+        """Be sent nothing more, and handle what has arrived already."""
+        self._transport.detach(self._address)
+        done = threading.Event()
+        self._dispatcher.post(done.set)
+        done.wait(timeout_s)
+
     def kill(self) -> None:
         """Go silent, as a crash would: what is sent here vanishes."""
         self._is_open = False

@@ -1,0 +1,123 @@
+"""Engines: what the nodes of one place share: transport, store, system dispatcher."""
+
+import math
+import secrets
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import pykka
+
+from actors.clock import Clock, SystemClock
+from actors.dispatch import ThreadDispatcher
+from actors.store_actor import StoreActor
+from actors.store_url import open_store
+from actors.transport import InProcessTransport
+from placement.contracts import Store
+from placement.partition import PARTITIONS_DEFAULT, PartitionTable
+from placement.topology import Address, Topology
+
+_STOP_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What holds for a whole cluster; times in seconds.
+
+    `renew_every` is a third of `ttl` unless given, `margin` a fifth.
+
+    Raises:
+        ValueError: a setting makes no sense; the message names it.
+    """
+
+    cluster: str = "default"
+    partitions: int = PARTITIONS_DEFAULT
+    ttl: float = 5.0
+    renew_every: float | None = None
+    margin: float | None = None
+    ask_timeout: float = 10.0
+    cache_ttl: float = 60.0
+    cache_size: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        if not self.cluster or len(self.cluster) > 64:  # noqa: PLR2004
+            raise ValueError("cluster must be a name of 1 to 64 characters")
+        if not 1 <= self.partitions <= 1 << 20:
+            raise ValueError(f"partitions must be 1 to 2**20, not {self.partitions}")
+        for name in ("ttl", "ask_timeout", "cache_ttl"):
+            seconds = getattr(self, name)
+            if not 0.01 <= seconds < math.inf:  # noqa: PLR2004
+                raise ValueError(f"{name} must be at least 0.01 s, not {seconds}")
+        if not 0 <= self.margin_s < self.ttl:
+            raise ValueError(f"margin must be 0 to ttl, not {self.margin}")
+        if not 0 < self.renew_every_s < self.ttl - self.margin_s:
+            raise ValueError(
+                f"renew_every of {self.renew_every_s} s must be above 0 and below "
+                f"ttl less margin, {self.ttl - self.margin_s} s"
+            )
+
+    @property
+    def renew_every_s(self) -> float:
+        """How often a session is renewed."""
+        return self.ttl / 3 if self.renew_every is None else self.renew_every
+
+    @property
+    def margin_s(self) -> float:
+        """How long before its time to live a guard shuts."""
+        return self.ttl / 5 if self.margin is None else self.margin
+
+
+class EmbeddedEngine:
+    """Everything in one process: nodes exchange bytes by calls, and share a store.
+
+    Raises:
+        BadStore: the URL, or what it names, cannot be a store.
+        StoreFailure: the store cannot be opened now.
+    """
+
+    def __init__(
+        self,
+        store: str | Store = "memory://",
+        *,
+        partitions: int = PARTITIONS_DEFAULT,
+        clock: Clock | None = None,
+    ) -> None:
+        self.clock = clock or SystemClock()
+        self.store = open_store(store) if isinstance(store, str) else store
+        self.transport = InProcessTransport()
+        self.random = Random(secrets.randbits(64))  # noqa: S311
+        self._table = PartitionTable.build(Topology(), partitions)
+        self.system = ThreadDispatcher("placement-system", self.clock)
+        self._lanes = (
+            ThreadDispatcher("placement-entries", self.clock),
+            ThreadDispatcher("placement-sessions", self.clock),
+        )
+        self.entries: pykka.ActorRef[Any] = StoreActor.start(
+            self.store.another(), dispatcher=self._lanes[0]
+        )
+        self.sessions: pykka.ActorRef[Any] = StoreActor.start(
+            self.store.another(), dispatcher=self._lanes[1]
+        )
+
+    def dispatcher(self, name: str) -> ThreadDispatcher:
+        """A dispatcher for one node's Grains."""
+        return ThreadDispatcher(name, self.clock)
+
+    def address(self, name: str) -> Address:
+        """A new address for a start of the node `name`; it never recurs."""
+        boot = f"{self.clock.wall_ms():x}{secrets.token_hex(4)}"
+        return Address(f"{name}.{boot}")
+
+    def table(self, topology: Topology) -> PartitionTable:
+        """The table of `topology`, computed once for all nodes here."""
+        if self._table.topology != topology:
+            self._table = self._table.adopt(topology)
+        return self._table
+
+    def close(self) -> None:
+        """Free threads and connections."""
+        self.entries.stop()
+        self.sessions.stop()
+        for dispatcher in (*self._lanes, self.system):
+            dispatcher.stop(_STOP_S)
+        self.store.close()

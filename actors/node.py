@@ -1,0 +1,698 @@
+"""A node: one member or client of a cluster, inside a program."""
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import pykka
+
+from actors.activation import Activation, GrainActivation, Mail
+from actors.coordinator import Arrived, PartitionCoordinator, TopologyChanged
+from actors.engine import EmbeddedEngine, Settings
+from actors.event_stream import EventStream
+from actors.future import Future, running
+from actors.grain import encode_rejected
+from actors.kind import Kind
+from actors.outbox import Outbox
+from actors.placement_actor import (
+    BeginClient,
+    BeginMember,
+    Drain,
+    EndActivation,
+    HasEnded,
+    HasFailed,
+    HasStarted,
+    NeedNewTopology,
+    PlacementActor,
+    Stop,
+)
+from actors.postbox import Postbox
+from actors.reference import BlockingInGrain, Verbs, kind_among
+from actors.store_actor import Perform
+from actors.threaded import ThreadedActivation
+from messages import payload as payloads
+from messages.frames import (
+    Answer,
+    AskHolder,
+    Bounce,
+    Deliver,
+    Failure,
+    Frame,
+    HolderAnswer,
+    Mark,
+    Marked,
+    OwnerAnswer,
+    Redirect,
+    Refused,
+    Resolve,
+    Resolved,
+    Started,
+    StartRefused,
+)
+from placement.contracts import Failed, Save, Saved, Stale
+from placement.delivery import Deliveries
+from placement.entry import ActivationRecord, Pid
+from placement.errors import (
+    HandlerFailed,
+    NotReady,
+    PlacementError,
+    Refusal,
+    Rejected,
+)
+from placement.event import Happened
+from placement.hosting import Hosting
+from placement.identity import Identity
+from placement.lease import Guard
+from placement.partition import PartitionTable
+from placement.pidcache import PidCache, PlacementResolution
+from placement.registry import VirtualActorRegistry
+from placement.session import Observer, OwnSession
+from placement.topology import Member, SessionId, Topology
+
+STOP_S = 10.0
+START_S = 30.0
+
+
+class Witness(Protocol):
+    """Sees every start, handled message and stop; for tests and the command."""
+
+    def started(self, pid: Pid) -> None:
+        """User code of `pid` is about to be entered for the first time."""
+
+    def handled(self, pid: Pid) -> None:
+        """`pid` has handled a message."""
+
+    def stopped(self, pid: Pid) -> None:
+        """User code of `pid` has been left for the last time."""
+
+    def killed(self, node: str) -> None:
+        """All activations on `node` ended with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationSnapshot:
+    """One activation of a node, when the snapshot was taken."""
+
+    identity: Identity
+    fencing_token: int
+    session: SessionId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A node's state as it was when asked for; it does not change.
+
+    `partitions` is how many each member owns; `stuck` names the Grain whose
+    turn has not come back for longer than the margin.
+    """
+
+    node: str
+    state: str
+    epoch: int
+    members: tuple[Member, ...]
+    partitions: Mapping[str, int]
+    activations: tuple[ActivationSnapshot, ...]
+    stuck: tuple[Identity, ...]
+    observed_at_ms: int
+
+
+class _Remote:
+    """The origin of a mail that came from another node."""
+
+    __slots__ = ("_address", "_message_id", "_send", "_token")
+
+    def __init__(
+        self, send: Callable[..., bool], address: Any, message_id: int, token: int
+    ) -> None:
+        self._send = send
+        self._address = address
+        self._message_id = message_id
+        self._token = token
+
+    def answered(self, mail: Mail, value: Any, pid: Pid) -> None:
+        self._send(self._address, Answer(self._message_id, value, self._token))
+
+    def failed(self, mail: Mail, error: PlacementError) -> None:
+        if self._message_id:
+            self._send(self._address, failure_of(self._message_id, error))
+
+    def bounced(self, mail: Mail, pid: Pid) -> None:
+        self._send(self._address, mail.carried)
+
+
+def failure_of(message_id: int, error: PlacementError) -> Failure:
+    """The frame under which `error` travels."""
+    if isinstance(error, Rejected):
+        type_name, text, fields = encode_rejected(error)
+        return Failure(message_id, "Rejected", text, type_name, fields)
+    type_name = error.type_name if isinstance(error, HandlerFailed) else ""
+    return Failure(message_id, type(error).__name__, error.message, type_name, {})
+
+
+class _NodeSender:
+    """Sends on behalf of the program around the node."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self.ask_timeout = outbox.ask_timeout
+
+    def ask(
+        self,
+        identity: Identity,
+        payload: Any,
+        *,
+        timeout: float | None,
+        request_id: str,
+    ) -> Future:
+        copy = payloads.copy(payload)
+        future = Future()
+        self._outbox.send(
+            identity,
+            copy,
+            future=future,
+            timeout=timeout,
+            request_id=request_id or "",
+            chain=(),
+        )
+        return future
+
+    def tell(self, identity: Identity, payload: Any, *, request_id: str) -> None:
+        self._outbox.send(
+            identity,
+            payloads.copy(payload),
+            future=None,
+            timeout=None,
+            request_id=request_id or "",
+            chain=(),
+        )
+
+    def may_block(self) -> None:
+        if running.activation is not None:
+            raise BlockingInGrain
+
+
+class _NodeHost:
+    """What a node offers its activations."""
+
+    def __init__(self, node: "PlacementNode") -> None:
+        self._node = node
+        self.current: Activation | None = None
+        self.dispatcher = node._grains  # noqa: SLF001
+        self.random = node._engine.random  # noqa: SLF001
+        self.now_ns = node._engine.clock.now_ns  # noqa: SLF001
+        self.wall_ms = node._engine.clock.wall_ms  # noqa: SLF001
+        self.publish = node._publish  # noqa: SLF001
+        self.send = node._outbox.send  # noqa: SLF001
+        self.ask_timeout = node._outbox.ask_timeout  # noqa: SLF001
+        self.kind_of = node._kind_of  # noqa: SLF001
+        self.class_of = node._class_of  # noqa: SLF001
+        self._registry = node._registry  # noqa: SLF001
+        self._witness = node._witness  # noqa: SLF001
+
+    def _tell(self, message: Any) -> None:
+        self._node._tell_placement(message)  # noqa: SLF001
+
+    def save(
+        self, request: Save, reply: Callable[[Save, Saved | Stale | Failed], None]
+    ) -> None:
+        self._node._engine.entries.tell(  # noqa: SLF001
+            Perform(request, reply, self.dispatcher)
+        )
+
+    def begun(self, pid: Pid) -> None:
+        if self._witness is not None:
+            self._witness.started(pid)
+
+    def started(self, pid: Pid) -> None:
+        self._tell(HasStarted(pid))
+
+    def start_failed(self, pid: Pid, refusal: Refusal) -> None:
+        if self._witness is not None:
+            self._witness.stopped(pid)
+        self._tell(HasFailed(pid, refusal))
+
+    def ended(self, pid: Pid, version: int, snapshot: bytes | None) -> None:
+        if self._witness is not None and not self._node.is_dead:
+            self._witness.stopped(pid)
+        self._tell(HasEnded(pid, version, snapshot))
+
+    def passivate(self, pid: Pid) -> None:
+        self._tell(EndActivation(pid.identity, pid.fencing_token))
+
+    def seal(self, activation: Activation) -> None:
+        with self._node._outbox.lock:  # noqa: SLF001
+            activation.bounce_all()
+
+    def handled(self, pid: Pid) -> None:
+        if self._witness is not None and not self._node.is_dead:
+            self._witness.handled(pid)
+
+    def touch(self, pid: Pid, now_ns: int) -> None:
+        found = self._registry.find(pid.identity)
+        if found is not None:
+            found.last_used_ns = now_ns
+
+
+class PlacementNode(Verbs):
+    """One node: `start_member` hosts and resolves, `start_client` only resolves.
+
+    `kinds` maps the name of a kind to a class or `Kind`. Without an `engine` the
+    node makes its own over `store`. Settings are those of `Settings`.
+
+    Raises:
+        BadKind: a kind is none, or its `handler_max` is above the margin.
+        ValueError: a setting makes no sense.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        kinds: Mapping[str, Kind | type] | None = None,
+        engine: EmbeddedEngine | None = None,
+        store: str = "memory://",
+        weight: float = 1.0,
+        witness: Witness | None = None,
+        settings: Settings | None = None,
+        **options: Any,
+    ) -> None:
+        Identity("node", name)
+        if not name or "#" in name or "." in name:
+            raise ValueError(f"node name {name!r} must be without # and .")
+        self.name = name
+        self.settings = settings = settings or Settings(**options)
+        self._kinds = {kind: Kind.of(each) for kind, each in (kinds or {}).items()}
+        for kind, each in self._kinds.items():
+            Identity(kind, "x")
+            each.check(settings.margin_s)
+        self._owns_engine = engine is None
+        self._engine = engine or EmbeddedEngine(store, partitions=settings.partitions)
+        self._witness = witness
+        self.is_dead = False
+        self._state = "new"
+        self._changed = threading.Condition()
+        self._session: SessionId | None = None
+        self._table: PartitionTable | None = None
+        self._has_left = False
+        self._why_not = "the node has not started"
+        clock = self._engine.clock
+        self.events = EventStream(name, clock.wall_ms)
+        self.address = self._engine.address(name)
+        self._grains = self._engine.dispatcher(f"grains-{name}")
+        self._registry: VirtualActorRegistry[Activation] = VirtualActorRegistry()
+        self._postbox = Postbox(
+            cluster=settings.cluster,
+            address=self.address,
+            transport=self._engine.transport,
+            dispatcher=self._engine.system,
+            handle=self._frame,
+            publish=self._publish,
+        )
+        self._outbox = Outbox(
+            own=self.address,
+            dispatcher=self._engine.system,
+            deliveries=Deliveries(
+                PidCache(
+                    ttl_ns=round(settings.cache_ttl * 1e9), size_max=settings.cache_size
+                )
+            ),
+            registry=self._registry,
+            send=self._postbox.send,
+            need_topology=self._need_topology,
+            publish=self._publish,
+            ask_timeout=settings.ask_timeout,
+        )
+        self._sender = _NodeSender(self._outbox)
+        self._host = _NodeHost(self)
+        self._coordinator: pykka.ActorRef[Any] = PartitionCoordinator.start(
+            dispatcher=self._engine.system,
+            choose_host=self._choose_host,
+            entries=self._engine.entries,
+            send=self._postbox.send,
+            need_topology=self._need_topology,
+            publish=self._publish,
+            is_dead=lambda: self.is_dead,
+        )
+        renew_ns = round(settings.renew_every_s * 1e9)
+        self._placement: pykka.ActorRef[Any] = PlacementActor.start(
+            dispatcher=self._engine.system,
+            own=OwnSession(
+                self.address,
+                kinds=self._kinds,
+                weight=weight,
+                ttl_ns=round(settings.ttl * 1e9),
+                renew_every_ns=renew_ns,
+                margin_ns=round(settings.margin_s * 1e9),
+            ),
+            observer=Observer(renew_every_ns=renew_ns),
+            hosting=Hosting(kinds=frozenset(self._kinds)),
+            registry=self._registry,
+            entries=self._engine.entries,
+            sessions=self._engine.sessions,
+            send=self._postbox.send,
+            send_echo=self._postbox.send_echo,
+            publish=self._publish,
+            node=self,
+            is_dead=lambda: self.is_dead,
+        )
+        self._guards: dict[SessionId, Guard] = {}
+
+    # --- life ----------------------------------------------------------------
+
+    @property
+    def state(self) -> str:
+        """One of new, starting, member, client, draining, stopping, stopped, killed."""
+        return self._state
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start_member(self, *, timeout: float = START_S) -> None:
+        """Open a session, join, and host; returns when this node is a member.
+
+        Raises:
+            NotReady: it was started before, or did not become one in time.
+        """
+        self._start(BeginMember())
+        self.wait_for(lambda: self._is_in(self._session), timeout)
+        self._state = "member"
+
+    def start_client(self, *, timeout: float = START_S) -> None:
+        """Resolve and send, and never host; returns when members are known.
+
+        Raises:
+            NotReady: it was started before, or the store did not answer in time.
+        """
+        self._start(BeginClient())
+        self.wait_for(lambda: self._table is not None, timeout)
+        self._state = "client"
+
+    def _start(self, message: Any) -> None:
+        if self._state != "new":
+            raise NotReady(f"{self.name} is {self._state}, a node starts once")
+        self._state = "starting"
+        self._postbox.open()
+        self._outbox.open()
+        self._tell_placement(message)
+
+    def wait_for(self, fact: Callable[[], bool], timeout: float) -> None:
+        """Wait until `fact` holds of what this node knows of the cluster.
+
+        Raises:
+            NotReady: it did not within `timeout` seconds.
+        """
+        with self._changed:
+            if not self._changed.wait_for(fact, timeout):
+                raise NotReady(f"{self.name}: {self._why_not} after {timeout} s")
+
+    def _is_in(self, session: SessionId | None) -> bool:
+        table = self._table
+        return session is not None and table is not None and session in table.topology
+
+    def drain(self) -> None:
+        """Own no partitions, start nothing new and end what runs; stay a member."""
+        self._state = "draining"
+        self._tell_placement(Drain(f"{self.name} is draining"))
+
+    def stop(self, *, timeout: float = STOP_S) -> None:
+        """Passivate, give back, leave; bounded by `timeout` seconds, then as killed."""
+        if self._state in {"stopped", "killed"}:
+            return
+        was_started = self._state != "new"
+        self._state = "stopping"
+        if was_started:
+            self._tell_placement(Stop())
+            with self._changed:
+                is_clean = self._changed.wait_for(lambda: self._has_left, timeout)
+            if not is_clean:
+                self._publish(Happened(kind="placement", name="StopTimedOut"))
+                self._die()
+            # What has arrived already bounces; nothing else arrives.
+            self._postbox.leave(timeout)
+        self._state = "stopped"
+        self._why_not = f"{self.name} has stopped"
+        self._close()
+
+    def kill(self) -> None:
+        """End as a crash would: no goodbye, no release, nothing more is sent."""
+        if self._state in {"stopped", "killed"}:
+            return
+        self._die()
+        self._state, self._why_not = "killed", f"{self.name} was killed"
+        self._close()
+
+    def _die(self) -> None:
+        self.is_dead = True
+        self._postbox.kill()
+        for guard in tuple(self._guards.values()):
+            guard.shut()
+        self._grains.kill()
+        self._grains.stop(STOP_S)
+        if self._witness is not None:
+            self._witness.killed(self.name)
+
+    def _close(self) -> None:
+        self._outbox.close(self._why_not)
+        self._postbox.close()
+        self._coordinator.stop()
+        self._placement.stop()
+        self._grains.stop(STOP_S)
+        for each in self._registry.all():
+            each.activation.abandon()
+        self._publish(Happened(kind="placement", name="Stopped"))
+        self.events.close()
+        if self._owns_engine:
+            self._engine.close()
+
+    # --- verbs ---------------------------------------------------------------
+
+    def resolve(
+        self, identity: str, *, timeout: float | None = None
+    ) -> PlacementResolution:
+        """Where `identity` is hosted; it is started if it is nowhere.
+
+        Raises:
+            BadIdentity: it is none.
+            PlacementError: it cannot be, by the reason's own class.
+        """
+        self._sender.may_block()
+        limit = self.settings.ask_timeout if timeout is None else timeout
+        future = self._outbox.seek(Identity.parse(identity), timeout)
+        pid = future.get(timeout=limit + 2)
+        return PlacementResolution(
+            identity=pid.identity,
+            pid=pid,
+            owner=pid.session,
+            locality="local" if pid.address == self.address else "remote",
+            fencing_token=pid.fencing_token,
+            epoch=self.epoch,
+            observed_at_ms=self._engine.clock.wall_ms(),
+        )
+
+    @property
+    def epoch(self) -> int:
+        """That of the newest topology known; 0 while none is."""
+        return 0 if self._table is None else self._table.epoch
+
+    @property
+    def topology(self) -> Topology:
+        """The newest known."""
+        return Topology() if self._table is None else self._table.topology
+
+    @property
+    def session(self) -> SessionId | None:
+        """This node's session; none while it has none."""
+        return self._session
+
+    def snapshot(self) -> Snapshot:
+        """What this node knows now. Immutable."""
+        table = self._table
+        busy_ns = self._grains.busy_since_ns
+        now_ns = self._engine.clock.now_ns()
+        current = running_on(self._host)
+        is_stuck = (
+            busy_ns
+            and current is not None
+            and now_ns - busy_ns > self.settings.margin_s * 1e9
+        )
+        return Snapshot(
+            node=self.name,
+            state=self._state,
+            epoch=self.epoch,
+            members=() if table is None else table.topology.members,
+            partitions={} if table is None else dict(table.counts()),
+            activations=tuple(
+                ActivationSnapshot(
+                    identity=each.pid.identity,
+                    fencing_token=each.pid.fencing_token,
+                    session=each.pid.session,
+                )
+                for each in self._registry.all()
+            ),
+            stuck=(current,) if is_stuck and current is not None else (),
+            observed_at_ms=self._engine.clock.wall_ms(),
+        )
+
+    def _kind_of(self, actor_class: type) -> str:
+        return kind_among(
+            {kind: each.actor_class for kind, each in self._kinds.items()}, actor_class
+        )
+
+    def _class_of(self, kind: str) -> type | None:
+        found = self._kinds.get(kind)
+        return None if found is None else found.actor_class
+
+    # --- what its parts call -------------------------------------------------
+
+    def _publish(self, happened: Happened) -> None:
+        self.events.publish(happened, self.epoch)
+
+    def _tell_placement(self, message: Any) -> None:
+        try:
+            self._placement.tell(message)
+        except pykka.ActorDeadError:
+            return  # it has stopped: nobody needs to know any more
+
+    def _need_topology(self, epoch: int) -> None:
+        self._tell_placement(NeedNewTopology(epoch))
+
+    def _choose_host(self, identity: Identity, table: PartitionTable) -> Member:
+        kind = self._kinds.get(identity.kind)
+        if kind is None or kind.strategy is None:
+            return table.host_of(identity)
+        default = table.host_of(identity)
+        eligible = tuple(
+            member for member in table.topology.members if member.hosts(identity.kind)
+        )
+        chosen = kind.strategy(identity, eligible, table.owner_of(identity))
+        return chosen if chosen in eligible else default
+
+    def _frame(self, sender: Any, body: Frame) -> None:
+        if self.is_dead:
+            return
+        match body:
+            case Deliver():
+                self._deliver(sender, body)
+            case Answer():
+                self._outbox.on_answer(body)
+            case Failure():
+                self._outbox.on_failure(body)
+            case Resolved() | Redirect() | Refused():
+                self._outbox.on_resolution(body)
+            case Bounce():
+                self._outbox.on_bounce(sender, body)
+            case Mark(identity, token, mark):
+                # All that came before it on this way has been handled.
+                self._postbox.send(sender, Marked(identity, token, mark))
+            case Marked(identity, _, mark):
+                self._outbox.on_marked(Identity.parse(identity), mark)
+            case (
+                Resolve()
+                | Started()
+                | StartRefused()
+                | OwnerAnswer()
+                | AskHolder()
+                | HolderAnswer()
+            ):
+                self._tell(self._coordinator, Arrived(sender, body))
+            case _:
+                self._tell(self._placement, Arrived(sender, body))
+
+    def _tell(self, actor: pykka.ActorRef[Any], message: Any) -> None:
+        try:
+            actor.tell(message)
+        except pykka.ActorDeadError:
+            return
+
+    def _deliver(self, sender: Any, frame: Deliver) -> None:
+        bounce = Bounce(
+            frame.identity,
+            frame.token,
+            frame.message_id,
+            frame.payload,
+            frame.request_id,
+            frame.remaining_ms,
+            frame.chain,
+        )
+        now_ns = self._engine.clock.now_ns()
+        mail = Mail(
+            frame.payload,
+            frame.request_id,
+            frame.chain,
+            now_ns + frame.remaining_ms * 1_000_000,
+            frame.message_id != 0,
+            _Remote(self._postbox.send, sender, frame.message_id, frame.token),
+            carried=bounce,
+        )
+        with self._outbox.lock:
+            found = self._registry.find(Identity.parse(frame.identity))
+            if (
+                found is None
+                or found.pid.fencing_token != frame.token
+                or not found.activation.deliver(mail)
+            ):
+                self._postbox.send(sender, bounce)
+
+    # --- what the placement actor tells (system dispatcher) -------------------
+
+    def make(
+        self, pid: Pid, record: ActivationRecord, guard: Guard
+    ) -> tuple[Activation, float | None]:
+        """An activation of `pid`, not started, and when it counts as idle."""
+        kind = self._kinds[pid.identity.kind]
+        activation_class: Any = (
+            ThreadedActivation if kind.is_threaded else GrainActivation
+        )
+        made = activation_class(pid, record, guard=guard, kind=kind, host=self._host)
+        return made, kind.idle_after
+
+    def session_changed(
+        self, session: SessionId | None, why: str, guard: Guard | None = None
+    ) -> None:
+        """The session began, or is over."""
+        if session is not None and guard is not None:
+            self._guards[session] = guard
+        with self._changed:
+            self._session = session
+            self._why_not = why or "it is not a member yet"
+            self._changed.notify_all()
+        self._tell(
+            self._coordinator, TopologyChanged(session, self._table, (), self._why_not)
+        )
+
+    def adopted(self, topology: Topology, closed: tuple[SessionId, ...]) -> None:
+        """The members have changed, or sessions have closed."""
+        table = self._engine.table(topology)
+        is_new = self._table is None or self._table.epoch != table.epoch
+        with self._changed:
+            self._table = table
+            self._changed.notify_all()
+        if is_new:
+            self._publish(
+                Happened(
+                    kind="placement",
+                    name="TopologyAdopted",
+                    reason=f"{len(topology.members)} members",
+                )
+            )
+        self._outbox.adopt(table, closed)
+        self._tell(
+            self._coordinator,
+            TopologyChanged(self._session, table, closed, self._why_not),
+        )
+
+    def session_ended(self) -> None:
+        """The node has left in good order."""
+        with self._changed:
+            self._has_left = True
+            self._changed.notify_all()
+
+
+def running_on(host: Any) -> Identity | None:
+    """Whose turn it is on that host's dispatcher."""
+    current = getattr(host, "current", None)
+    return None if current is None else current.pid.identity
