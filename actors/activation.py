@@ -17,7 +17,7 @@ import structlog
 from actors.context import Context, Timer
 from actors.dispatch import Dispatcher
 from actors.future import Future, running
-from actors.grain import Grain, Surface
+from actors.grain import Surface
 from actors.kind import Kind
 from messages import payload as payloads
 from placement.contracts import Failed, Save, Saved, Stale
@@ -247,7 +247,7 @@ class GrainActivation:
         self._last_saved = record.snapshot
         self._saves_failed = 0
         self._timers: dict[Timer, None] = {}
-        self._grain: Grain[Any] | None = None
+        self._grain: Any = None
         self._surface: Surface | None = None
         self._is_passivating = False
         self.context = Context(self, pid, record.snapshot)
@@ -290,6 +290,25 @@ class GrainActivation:
 
     # --- turns ---------------------------------------------------------------
 
+    def _make(self) -> Any:
+        grain = self.kind.make(self.context)
+        grain.context = self.context
+        return grain
+
+    def _surface_of(self, grain: Any) -> Surface:
+        return Surface.of(type(grain))
+
+    def _enter(self) -> None:
+        running.activation = self
+        self._host.current = self
+
+    def _leave(self) -> None:
+        running.activation = None
+        self._host.current = None
+
+    def _over(self) -> None:
+        """It has ended; nothing of it is needed any more."""
+
     def _start(self) -> None:
         if self._state != "starting":
             return
@@ -298,18 +317,17 @@ class GrainActivation:
             return
         self._turn = turn = _Turn("activate")
         self._host.begun(self.pid)
-        running.activation = self
+        self._enter()
         try:
-            self._grain = grain = self.kind.make(self.context)
-            self._surface = Surface.of(type(grain))
-            grain.context = self.context
+            self._grain = grain = self._make()
+            self._surface = self._surface_of(grain)
             self._surface.load(grain, self._record.snapshot)
             result = grain.on_activate()
         except Exception as error:  # user code may raise anything
             self._returned(turn, None, error)
             return
         finally:
-            running.activation = None
+            self._leave()
         self._returned(turn, result, None)
 
     def _run(self) -> None:
@@ -349,17 +367,14 @@ class GrainActivation:
         assert grain is not None
         assert surface is not None
         payload = mail.payload
-        call: Callable[..., Any]
         if surface.is_call(payload):
             try:
                 call, arguments, turn.name = surface.decode_call(payload)
             except BadMessage as error:
                 mail.origin.failed(mail, error)
                 return
-        else:
-            call, arguments = type(grain).on_receive, {"message": payload}
         self._turn = turn
-        running.activation = self
+        self._enter()
         try:
             if turn.name:
                 result = call(grain, **arguments)
@@ -369,7 +384,7 @@ class GrainActivation:
             self._returned(turn, None, error)
             return
         finally:
-            running.activation = None
+            self._leave()
         self._returned(turn, result, None)
 
     def _fire(self, timer: Timer) -> None:
@@ -379,14 +394,14 @@ class GrainActivation:
             self._lapse()
             return
         self._turn = turn = _Turn("timer")
-        running.activation = self
+        self._enter()
         try:
             result = timer.call()
         except Exception as error:  # user code may raise anything
             self._returned(turn, None, error)
             return
         finally:
-            running.activation = None
+            self._leave()
         self._returned(turn, result, None)
 
     def _returned(self, turn: _Turn, result: Any, error: Exception | None) -> None:
@@ -405,22 +420,22 @@ class GrainActivation:
             self._lapse()
             return
         while True:
-            running.activation = self
+            self._enter()
             try:
                 if error is None:
                     token = coroutine.send(value)
                 else:
                     token = coroutine.throw(error)
             except StopIteration as stop:
-                running.activation = None
+                self._leave()
                 self._finish(turn, stop.value, None)
                 return
             except Exception as raised:  # user code may raise anything
-                running.activation = None
+                self._leave()
                 self._finish(turn, None, raised)
                 return
             finally:
-                running.activation = None
+                self._leave()
             if isinstance(token, Future) and token.owner is self:
                 turn.awaiting = token
                 token.on_done(self._awaited)
@@ -536,6 +551,7 @@ class GrainActivation:
                 f"{self.pid.identity}: {type(error).__name__}: {error}",
             ),
         )
+        self._over()
 
     def _passivate(self) -> None:
         """Run the last hook, once the turn under way is over."""
@@ -548,7 +564,7 @@ class GrainActivation:
         self._state = "ending"
         self._end_timers()
         self._turn = turn = _Turn("passivate")
-        running.activation = self
+        self._enter()
         assert self._grain is not None
         try:
             result = self._grain.on_passivate()
@@ -556,7 +572,7 @@ class GrainActivation:
             self._returned(turn, None, error)
             return
         finally:
-            running.activation = None
+            self._leave()
         self._returned(turn, result, None)
 
     def _passivated(self, result: Any, error: Exception | None) -> None:
@@ -577,6 +593,7 @@ class GrainActivation:
         self._host.seal(self)
         version = self._gate.version + (snapshot is not None)
         self._host.ended(self.pid, version, snapshot)
+        self._over()
 
     def _lapse(self) -> None:
         """The lease is over: enter no user code, let nothing leave."""
@@ -586,20 +603,21 @@ class GrainActivation:
         self._state = "ended"
         self._end_timers()
         turn, self._turn = self._turn, None
-        unknown = OutcomeUnknown(f"{self.pid.identity}: its host lost its lease")
+        unknown = self._unknown()
         if turn is not None and turn.coroutine is not None:
-            running.activation = self
+            self._enter()
             try:
                 turn.coroutine.close()
             except Exception as error:  # a finally of user code may raise
                 _log.error("coroutine did not close", exc_info=error)
             finally:
-                running.activation = None
+                self._leave()
         if turn is not None and turn.mail is not None:
             turn.mail.origin.failed(turn.mail, unknown)
         self._gate.fail(unknown)
         self._host.seal(self)
         self._host.ended(self.pid, 0, None)
+        self._over()
 
     def _end_timers(self) -> None:
         for timer in self._timers:
@@ -616,7 +634,10 @@ class GrainActivation:
         if self.guard.is_open(self._host.now_ns()):
             leave()
         else:
-            never(OutcomeUnknown(f"{self.pid.identity}: its host lost its lease"))
+            never(self._unknown())
+
+    def _unknown(self) -> PlacementError:
+        return OutcomeUnknown(f"{self.pid.identity}: its host lost its lease")
 
     def save(self, snapshot: bytes) -> None:
         """Store `snapshot`; what is sent from now on waits for it."""

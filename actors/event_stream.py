@@ -48,7 +48,7 @@ class Subscription:
         leave: Callable[["Subscription"], None],
     ) -> None:
         self._subscriber = subscriber
-        self._leave = leave
+        self.leave = leave
         self._lock = threading.Lock()
         self._waiting: deque[Event] = deque()
         self._lost: EventsLost | None = None
@@ -97,7 +97,7 @@ class Subscription:
 
     def cancel(self, *, timeout_s: float = 5.0) -> None:
         """Subscribe no more; what waits is delivered first, within the time."""
-        self._leave(self)
+        self.leave(self)
         with self._lock:
             self._is_cancelled = True
             reader, self._reader = self._reader, None
@@ -142,7 +142,7 @@ class EventStream:
 
     def subscribe(self, subscriber: Callable[[Event], Any]) -> Subscription:
         """Have `subscriber` called with each event from now on, in order."""
-        subscription = Subscription(subscriber, self._remove)
+        subscription = Subscription(subscriber, self.remove)
         self.add(subscription)
         return subscription
 
@@ -151,7 +151,8 @@ class EventStream:
         with self._lock:
             self._subscriptions.append(subscription)
 
-    def _remove(self, subscription: Subscription) -> None:
+    def remove(self, subscription: Subscription) -> None:
+        """Let `subscription` have no more of these events."""
         with self._lock:
             if subscription in self._subscriptions:
                 self._subscriptions.remove(subscription)
@@ -159,4 +160,5 @@ class EventStream:
     def close(self) -> None:
         """Deliver what waits, and end the subscriptions."""
         for subscription in tuple(self._subscriptions):
-            subscription.cancel()
+            if subscription.leave == self.remove:
+                subscription.cancel()

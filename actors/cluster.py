@@ -1,0 +1,325 @@
+"""A whole cluster inside a program: nodes, one store, and an entry to them."""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from actors.engine import EmbeddedEngine, Settings
+from actors.event_stream import EventStream, Subscription
+from actors.kind import Kind
+from actors.node import STOP_S, PlacementNode, Snapshot, Witness
+from actors.reference import Verbs
+from placement.contracts import SessionView, Store
+from placement.errors import NotReady
+from placement.event import Event
+from placement.pidcache import PlacementResolution
+from placement.session import Watch
+
+_ENTRY = "entry"
+
+
+class StoreInUse(ValueError):
+    """Another process's sessions are alive in the store, and cannot be reached."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSnapshot:
+    """The cluster as its entry knows it, and each node's own view. Immutable."""
+
+    state: str
+    epoch: int
+    members: tuple[str, ...]
+    partitions: Mapping[str, int]
+    activations: Mapping[str, int]
+    stuck: tuple[str, ...]
+    nodes: Mapping[str, Snapshot]
+    observed_at_ms: int
+
+
+class ClusterEvents:
+    """The events of all nodes, of those that join later too."""
+
+    def __init__(self) -> None:
+        self._streams: list[EventStream] = []
+        self._subscriptions: list[Subscription] = []
+        self._lock = threading.Lock()
+
+    def subscribe(self, subscriber: Callable[[Event], Any]) -> Subscription:
+        """Have `subscriber` called with each event, in each node's order."""
+        subscription = Subscription(subscriber, self._remove)
+        with self._lock:
+            self._subscriptions.append(subscription)
+            for stream in self._streams:
+                stream.add(subscription)
+        return subscription
+
+    def add(self, stream: EventStream) -> None:
+        """Take in the events of another node."""
+        with self._lock:
+            self._streams.append(stream)
+            for subscription in self._subscriptions:
+                stream.add(subscription)
+
+    def close(self) -> None:
+        """Deliver what waits, and end."""
+        for subscription in tuple(self._subscriptions):
+            subscription.cancel()
+
+    def _remove(self, subscription: Subscription) -> None:
+        with self._lock:
+            if subscription in self._subscriptions:
+                self._subscriptions.remove(subscription)
+            for stream in self._streams:
+                stream.remove(subscription)
+
+
+class Cluster(Verbs):
+    """Nodes in this process, made by `Cluster.embedded`, and their entry.
+
+    The entry is a client: it resolves and sends, and hosts nothing. All verbs
+    are for any thread.
+    """
+
+    def __init__(
+        self,
+        engine: EmbeddedEngine,
+        settings: Settings,
+        kinds: Mapping[str, Kind],
+        witness: Witness | None,
+    ) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._kinds = kinds
+        self._witness = witness
+        self._lock = threading.RLock()
+        self._nodes: dict[str, PlacementNode] = {}
+        self._is_stopped = False
+        self.events = ClusterEvents()
+        self._entry = PlacementNode(
+            _ENTRY, kinds=kinds, engine=engine, settings=settings
+        )
+        self.events.add(self._entry.events)
+        self._sender = self._entry._sender  # noqa: SLF001
+
+    @classmethod
+    def embedded(
+        cls,
+        *,
+        nodes: int | Iterable[str] = 3,
+        kinds: Mapping[str, Kind | type],
+        store: str | Store = "memory://",
+        witness: Witness | None = None,
+        **settings: Any,
+    ) -> "Cluster":
+        """Start a cluster; it serves when this returns.
+
+        `nodes` is how many (named node-1 and so on) or their names; settings are
+        those of `Settings`.
+
+        Raises:
+            ValueError: a name, setting, kind or store URL makes no sense.
+            StoreInUse: another process has sessions in the store.
+            StoreFailure: the store cannot be opened.
+        """
+        names = (
+            [f"node-{number}" for number in range(1, nodes + 1)]
+            if isinstance(nodes, int)
+            else list(nodes)
+        )
+        if not names:
+            raise ValueError("a cluster has at least one node")
+        if len(set(names)) != len(names) or _ENTRY in names:
+            raise ValueError(f"node names must differ, and none is {_ENTRY!r}")
+        checked = Settings(**settings)
+        by_name = {kind: Kind.of(each) for kind, each in kinds.items()}
+        for each in by_name.values():
+            each.check(checked.margin_s)
+        engine = EmbeddedEngine(store, partitions=checked.partitions)
+        try:
+            _take_over(engine)
+            cluster = cls(engine, checked, by_name, witness)
+        except BaseException:
+            engine.close()
+            raise
+        try:
+            for name in names:
+                cluster.add_node(name)
+            cluster._entry.start_client()
+            cluster._settle()
+        except BaseException:
+            cluster.stop()
+            raise
+        return cluster
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        import asyncio  # noqa: PLC0415  only programs that use it pay for it
+
+        await asyncio.get_running_loop().run_in_executor(None, self.stop)
+
+    # --- topology ---
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The names of the nodes that run, sorted."""
+        with self._lock:
+            return tuple(sorted(self._nodes))
+
+    def node(self, name: str) -> PlacementNode:
+        """The node of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        with self._lock:
+            return self._nodes[name]
+
+    def add_node(self, name: str, *, weight: float = 1.0) -> PlacementNode:
+        """Start a node and have it join; new activations go there too.
+
+        Raises:
+            ValueError: there is such a node, or the name is none.
+        """
+        with self._lock:
+            if self._is_stopped:
+                raise NotReady("the cluster has stopped")
+            if name in self._nodes or name == _ENTRY:
+                raise ValueError(f"there is a node {name!r} already")
+            node = PlacementNode(
+                name,
+                kinds=self._kinds,
+                engine=self._engine,
+                settings=self._settings,
+                weight=weight,
+                witness=self._witness,
+            )
+            self.events.add(node.events)
+            try:
+                node.start_member()
+            except BaseException:
+                node.kill()
+                raise
+            self._nodes[name] = node
+        if self._entry.state == "client":
+            self._settle()
+        return node
+
+    def remove_node(self, name: str, *, timeout: float = STOP_S) -> None:
+        """Have a node leave: its activations end in good order, others take over.
+
+        Raises:
+            KeyError: there is none.
+        """
+        with self._lock:
+            node = self._nodes.pop(name)
+        node.stop(timeout=timeout)
+
+    def kill_node(self, name: str) -> None:
+        """End a node as a crash would; others take over when its session is over.
+
+        Raises:
+            KeyError: there is none.
+        """
+        with self._lock:
+            node = self._nodes.pop(name)
+        node.kill()
+
+    def _settle(self) -> None:
+        """Wait until every node knows all that run."""
+        with self._lock:
+            nodes = tuple(self._nodes.values())
+        for knower in (self._entry, *nodes):
+            for node in nodes:
+                knower.wait_for(
+                    lambda k=knower, n=node: (
+                        n.session is None or n.session in k.topology
+                    ),
+                    self._settings.ttl * 4,
+                )
+
+    # --- verbs ---
+
+    def resolve(
+        self, identity: str, *, timeout: float | None = None
+    ) -> PlacementResolution:
+        """Where `identity` is hosted; it is started if it is nowhere."""
+        return self._entry.resolve(identity, timeout=timeout)
+
+    def snapshot(self) -> ClusterSnapshot:
+        """What is known now. Immutable."""
+        with self._lock:
+            nodes = {name: node.snapshot() for name, node in self._nodes.items()}
+        entry = self._entry.snapshot()
+        return ClusterSnapshot(
+            state="stopped" if self._is_stopped else "running",
+            epoch=entry.epoch,
+            members=tuple(member.node for member in entry.members),
+            partitions=entry.partitions,
+            activations={name: len(each.activations) for name, each in nodes.items()},
+            stuck=tuple(str(i) for each in nodes.values() for i in each.stuck),
+            nodes=nodes,
+            observed_at_ms=entry.observed_at_ms,
+        )
+
+    def stop(self, *, timeout: float = STOP_S) -> None:
+        """Stop all nodes in good order, and free what they held."""
+        with self._lock:
+            if self._is_stopped:
+                return
+            self._is_stopped = True
+            nodes = list(self._nodes.values())
+            self._nodes.clear()
+        threads = [
+            threading.Thread(target=node.stop, kwargs={"timeout": timeout}, daemon=True)
+            for node in nodes
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self._entry.stop(timeout=timeout)
+        self.events.close()
+        self._engine.close()
+
+    def _kind_of(self, actor_class: type) -> str:
+        return self._entry._kind_of(actor_class)  # noqa: SLF001
+
+    def _class_of(self, kind: str) -> type | None:
+        return self._entry._class_of(kind)  # noqa: SLF001
+
+
+def _take_over(engine: EmbeddedEngine) -> None:
+    """Wait out sessions that a crash has left in the store.
+
+    Raises:
+        StoreInUse: one of them is renewed: its process lives, and cannot be
+            reached from here.
+    """
+    watch, pause = Watch(), threading.Event()
+    first: dict[Any, int] | None = None
+    while True:
+        view: SessionView = engine.store.read_sessions()
+        now_ns = engine.clock.now_ns()
+        watch.view(view, now_ns)
+        if first is None:
+            first = watch.counts()
+        moved = watch.moved(first)
+        if moved:
+            raise StoreInUse(
+                f"store {engine.store.url}: session {moved[0]} of another process "
+                "is alive in it; an embedded cluster needs the store for itself"
+            )
+        if not watch.counts():
+            return
+        for close in watch.expired(now_ns, besides=None):
+            engine.store.close_session(close.session, close.count)
+        pause.wait(0.05)
