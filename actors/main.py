@@ -1,0 +1,228 @@
+"""The command `placement`."""
+
+import json
+import logging
+import signal
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+import structlog
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from actors.cluster import Cluster, StoreInUse
+from actors.engine import Settings
+from actors.kind import BadKind, Kind, load_kind
+from actors.requests import BadRequests, read_requests
+from actors.run import (
+    BadRun,
+    Change,
+    Delivery,
+    check_changes,
+    kinds_for,
+    parse_change,
+    summary,
+    write_report,
+)
+from actors.store_url import BadStore, check_store
+from actors.witness import ActivationWitness
+from placement.contracts import StoreFailure
+from placement.errors import PlacementError
+from placement.identity import BadIdentity, Identity
+
+FAILED, WRONG, INTERRUPTED = 1, 2, 130
+
+
+@click.group()
+@click.version_option(metadata.version("actor-placement"), prog_name="placement")
+def main() -> None:
+    """Virtual actors: addressed by identity, at most one activation of each."""
+
+
+def _quiet_logs(level: int) -> None:
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )
+
+
+def _wrong(message: str) -> "click.exceptions.Exit":
+    click.echo(f"placement: {message}", err=True)
+    return click.exceptions.Exit(WRONG)
+
+
+def _parse_kinds(specs: tuple[str, ...]) -> dict[str, Kind]:
+    kinds: dict[str, Kind] = {}
+    for spec in specs:
+        name, equals, path = spec.partition("=")
+        if not equals:
+            raise BadKind(f"--kind {spec!r} is not KIND=module:Class")
+        try:
+            Identity(name, "x")
+        except BadIdentity as error:
+            raise BadKind(f"--kind {spec!r}: {error}") from None
+        if name in kinds:
+            raise BadKind(f"--kind {name!r} is given twice")
+        kinds[name] = load_kind(path)
+    return kinds
+
+
+@main.command()
+@click.argument("requests", required=False)
+@click.option("--nodes", default=3, show_default=True, help="How many nodes.")
+@click.option("--store", help="Store URL; a temporary SQLite file unless given.")
+@click.option("--kind", "kinds", multiple=True, metavar="KIND=module:Class")
+@click.option("--durable", is_flag=True, help="Store each count before its answer.")
+@click.option("--kill", multiple=True, metavar="NODE@N", help="Crash it after N.")
+@click.option("--join", multiple=True, metavar="NODE@N", help="Start it after N.")
+@click.option("--leave", multiple=True, metavar="NODE@N", help="Stop it after N.")
+@click.option("--report", metavar="FILE", help="JSON lines, one an identity.")
+@click.option("--witness", "witness_file", metavar="FILE", help="What was seen.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, no table.")
+@click.option("--verbose", is_flag=True, help="Log more, to standard error.")
+@click.option("--cluster", default="default", show_default=True)
+@click.option("--partitions", default=4096, show_default=True)
+@click.option("--ttl", default=5.0, show_default=True, help="Seconds.")
+@click.option("--renew-every", type=float, help="Seconds; a third of ttl.")
+@click.option("--margin", type=float, help="Seconds; a fifth of ttl.")
+@click.option("--ask-timeout", default=10.0, show_default=True, help="Seconds.")
+def run(
+    requests: str | None,
+    nodes: int,
+    store: str | None,
+    kinds: tuple[str, ...],
+    *,
+    durable: bool,
+    kill: tuple[str, ...],
+    join: tuple[str, ...],
+    leave: tuple[str, ...],
+    report: str | None,
+    witness_file: str | None,
+    as_json: bool,
+    verbose: bool,
+    **settings: Any,
+) -> None:
+    """Deliver every request of REQUESTS to its identity's activation.
+
+    REQUESTS is a file of JSON lines, plain or .gz, or - for standard input;
+    without it, a sample that comes along.
+    """
+    _quiet_logs(logging.INFO if verbose else logging.CRITICAL)
+    sys.path.insert(0, "")
+    try:
+        if nodes < 1:
+            raise BadRun(f"--nodes must be at least 1, not {nodes}")
+        Settings(**settings)
+        given = _parse_kinds(kinds)
+        for each in given.values():
+            each.check(Settings(**settings).margin_s)
+        changes: list[Change] = [
+            *(parse_change("kill", text) for text in kill),
+            *(parse_change("join", text) for text in join),
+            *(parse_change("leave", text) for text in leave),
+        ]
+        if store is not None:
+            check_store(store)
+        for path in (report, witness_file):
+            if path is not None and not Path(path).absolute().parent.is_dir():
+                raise BadRun(f"{path}: there is no such folder")
+        read = read_requests(requests)
+        names = [f"node-{number}" for number in range(1, nodes + 1)]
+        ordered = check_changes(changes, names, len(read))
+    except (BadRun, BadKind, BadStore, BadRequests, ValueError) as error:
+        raise _wrong(str(error)) from None
+
+    with tempfile.TemporaryDirectory(prefix="placement-") as folder:
+        url = store if store is not None else f"sqlite:///{folder}/run.db"
+        witness = ActivationWitness(
+            None if witness_file is None else Path(witness_file)
+        )
+        try:
+            cluster = Cluster.embedded(
+                nodes=names,
+                kinds=kinds_for(read, given, is_durable=durable),
+                store=url,
+                witness=witness,
+                **settings,
+            )
+        except (StoreInUse, BadStore, BadKind) as error:
+            raise _wrong(str(error)) from None
+        except (StoreFailure, PlacementError) as error:
+            click.echo(f"placement: {error}", err=True)
+            raise click.exceptions.Exit(FAILED) from None
+        is_interrupted = False
+
+        def interrupt(*_: object) -> None:
+            nonlocal is_interrupted
+            is_interrupted = True
+            delivery.stop()
+
+        console = Console(stderr=True)
+        with (
+            cluster,
+            Progress(
+                TextColumn("requests"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                console=console,
+                transient=True,
+                disable=not console.is_terminal,
+            ) as bar,
+        ):
+            task = bar.add_task("requests", total=len(read))
+            delivery = Delivery(
+                cluster,
+                read,
+                repeatable=lambda kind: kind not in given,
+                progress=lambda done, failed: bar.update(task, completed=done + failed),
+            )
+            before = {
+                number: signal.signal(number, interrupt)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
+            try:
+                outcome = delivery.run(ordered)
+            finally:
+                for number, old in before.items():
+                    signal.signal(number, old)
+        witness.close()
+        joined = [change.node for change in ordered if change.verb == "join"]
+        found = summary(outcome, witness, [*names, *joined])
+        found["nodes"] = nodes
+        if report is not None:
+            try:
+                write_report(Path(report), read, outcome, witness)
+            except OSError as error:
+                click.echo(f"placement: {report}: {error.strerror}", err=True)
+                raise click.exceptions.Exit(FAILED) from None
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        _print(found)
+    for reason, count in sorted(outcome.reasons.items()):
+        click.echo(
+            f"placement: {count} failed: {reason}, first {outcome.examples[reason]}",
+            err=True,
+        )
+    if is_interrupted:
+        raise click.exceptions.Exit(INTERRUPTED)
+    if outcome.failed or found["double_activations"]:
+        raise click.exceptions.Exit(FAILED)
+
+
+def _print(found: dict[str, Any]) -> None:
+    console = Console()
+    sums = Table(show_header=False)
+    for name, value in found.items():
+        if name != "per_node":
+            sums.add_row(name, str(value))
+    console.print(sums)
+    nodes = Table("node", "activations", "requests")
+    for name, each in found["per_node"].items():
+        nodes.add_row(name, str(each["activations"]), str(each["requests"]))
+    console.print(nodes)
