@@ -5,7 +5,6 @@ import logging
 import signal
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
 
 @click.group()
-@click.version_option(metadata.version("actor-placement"), prog_name="placement")
+@click.version_option(package_name="actor-placement", prog_name="placement")
 def main() -> None:
     """Virtual actors: addressed by identity, at most one activation of each."""
 

@@ -11,7 +11,6 @@ from actors.activation import Activation, Mail
 from actors.dispatch import Alarm, Dispatcher
 from actors.future import Future
 from actors.grain import decode_rejected
-from messages import payload as payloads
 from messages.frames import (
     Answer,
     Bounce,

@@ -20,7 +20,6 @@ from placement.topology import (
     Member,
     SessionId,
     Topology,
-    address_of,
     session_of,
 )
 
