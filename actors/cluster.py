@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 from actors.engine import EmbeddedEngine, Settings
@@ -239,12 +240,7 @@ class Cluster(Verbs):
             nodes = tuple(self._nodes.values())
         for knower in (self._entry, *nodes):
             for node in nodes:
-                knower.wait_for(
-                    lambda k=knower, n=node: (
-                        n.session is None or n.session in k.topology
-                    ),
-                    self._settings.ttl * 4,
-                )
+                knower.wait_for(partial(_knows, knower, node), self._settings.ttl * 4)
 
     # --- verbs ---
 
@@ -295,6 +291,11 @@ class Cluster(Verbs):
 
     def _class_of(self, kind: str) -> type | None:
         return self._entry._class_of(kind)  # noqa: SLF001
+
+
+def _knows(knower: PlacementNode, node: PlacementNode) -> bool:
+    """Tell whether `knower` has seen that `node` is a member, if it is one."""
+    return node.session is None or node.session in knower.topology
 
 
 def _take_over(engine: EmbeddedEngine) -> None:

@@ -1003,7 +1003,7 @@ def run_conformance(
         try:
             getattr(run, check)()
         # A wrong store may raise anything.
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             failures.append(Failure(check, f"{type(error).__name__}: {error}"))
         finally:
             run.teardown_method()
@@ -1140,7 +1140,7 @@ def _in_threads(bodies: Sequence[Callable[[], None]]) -> None:
         start.wait()
         try:
             body()
-        except Exception as error:  # noqa: BLE001 - raised again below
+        except Exception as error:
             errors.append(error)
 
     threads = [threading.Thread(target=run, args=(body,)) for body in bodies]

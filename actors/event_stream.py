@@ -3,7 +3,7 @@
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import pykka
 import structlog
@@ -56,7 +56,7 @@ class Subscription:
         self._is_awake = False
         self._is_cancelled = False
 
-    def __enter__(self) -> "Subscription":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

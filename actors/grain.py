@@ -257,6 +257,7 @@ class Surface:
             BadState: it cannot be read, and is left as it is.
         """
         state_type = self.state_type()
+        grain_class: Any = self._class
         if state_type is NoneType:
             grain.state = None
         elif stored is None:
@@ -265,8 +266,8 @@ class Surface:
             grain.state = decode_state(
                 stored,
                 state_type,
-                self._class.schema_version,
-                self._class.upgrade,  # type: ignore[attr-defined]
+                grain_class.schema_version,
+                grain_class.upgrade,
             )
 
 

@@ -17,11 +17,12 @@ from rich.table import Table
 from actors.cluster import Cluster, StoreInUse
 from actors.engine import Settings
 from actors.kind import BadKind, Kind, load_kind
-from actors.requests import BadRequests, read_requests
+from actors.requests import Requests, read_requests
 from actors.run import (
     BadRun,
     Change,
     Delivery,
+    Outcome,
     check_changes,
     kinds_for,
     parse_change,
@@ -71,6 +72,65 @@ def _parse_kinds(specs: tuple[str, ...]) -> dict[str, Kind]:
     return kinds
 
 
+def _check(
+    nodes: int,
+    store: str | None,
+    files: tuple[str | None, ...],
+    kinds: dict[str, Kind],
+    settings: Settings,
+) -> None:
+    """Refuse what cannot work, before anything is opened or made."""
+    if nodes < 1:
+        raise BadRun(f"--nodes must be at least 1, not {nodes}")
+    for each in kinds.values():
+        each.check(settings.margin_s)
+    if store is not None:
+        check_store(store)
+    for path in files:
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise BadRun(f"{path}: there is no such folder")
+
+
+def _deliver(
+    cluster: Cluster,
+    read: Requests,
+    given: dict[str, Kind],
+    changes: tuple[Change, ...],
+) -> tuple[Outcome, bool]:
+    """Deliver all, with a progress line on a terminal; whether it was interrupted."""
+    console = Console(stderr=True)
+    interrupts: list[int] = []
+    with Progress(
+        TextColumn("requests"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("requests", total=len(read))
+        delivery = Delivery(
+            cluster,
+            read,
+            repeatable=lambda kind: kind not in given,
+            progress=lambda done, failed: bar.update(task, completed=done + failed),
+        )
+
+        def interrupt(number: int, _: object) -> None:
+            interrupts.append(number)
+            delivery.stop()
+
+        before = {
+            number: signal.signal(number, interrupt)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            return delivery.run(changes), bool(interrupts)
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)
+
+
 @main.command()
 @click.argument("requests", required=False)
 @click.option("--nodes", default=3, show_default=True, help="How many nodes.")
@@ -113,29 +173,19 @@ def run(
     """
     _quiet_logs(logging.INFO if verbose else logging.CRITICAL)
     sys.path.insert(0, "")
+    names = [f"node-{number}" for number in range(1, nodes + 1)]
     try:
-        if nodes < 1:
-            raise BadRun(f"--nodes must be at least 1, not {nodes}")
-        Settings(**settings)
         given = _parse_kinds(kinds)
-        for each in given.values():
-            each.check(Settings(**settings).margin_s)
+        _check(nodes, store, (report, witness_file), given, Settings(**settings))
         changes: list[Change] = [
             *(parse_change("kill", text) for text in kill),
             *(parse_change("join", text) for text in join),
             *(parse_change("leave", text) for text in leave),
         ]
-        if store is not None:
-            check_store(store)
-        for path in (report, witness_file):
-            if path is not None and not Path(path).absolute().parent.is_dir():
-                raise BadRun(f"{path}: there is no such folder")
         read = read_requests(requests)
-        names = [f"node-{number}" for number in range(1, nodes + 1)]
         ordered = check_changes(changes, names, len(read))
-    except (BadRun, BadKind, BadStore, BadRequests, ValueError) as error:
+    except ValueError as error:
         raise _wrong(str(error)) from None
-
     with tempfile.TemporaryDirectory(prefix="placement-") as folder:
         url = store if store is not None else f"sqlite:///{folder}/run.db"
         witness = ActivationWitness(
@@ -154,41 +204,8 @@ def run(
         except (StoreFailure, PlacementError) as error:
             click.echo(f"placement: {error}", err=True)
             raise click.exceptions.Exit(FAILED) from None
-        is_interrupted = False
-
-        def interrupt(*_: object) -> None:
-            nonlocal is_interrupted
-            is_interrupted = True
-            delivery.stop()
-
-        console = Console(stderr=True)
-        with (
-            cluster,
-            Progress(
-                TextColumn("requests"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                console=console,
-                transient=True,
-                disable=not console.is_terminal,
-            ) as bar,
-        ):
-            task = bar.add_task("requests", total=len(read))
-            delivery = Delivery(
-                cluster,
-                read,
-                repeatable=lambda kind: kind not in given,
-                progress=lambda done, failed: bar.update(task, completed=done + failed),
-            )
-            before = {
-                number: signal.signal(number, interrupt)
-                for number in (signal.SIGINT, signal.SIGTERM)
-            }
-            try:
-                outcome = delivery.run(ordered)
-            finally:
-                for number, old in before.items():
-                    signal.signal(number, old)
+        with cluster:
+            outcome, is_interrupted = _deliver(cluster, read, given, ordered)
         witness.close()
         joined = [change.node for change in ordered if change.verb == "join"]
         found = summary(outcome, witness, [*names, *joined])

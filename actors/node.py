@@ -514,6 +514,7 @@ class PlacementNode(Verbs):
         busy_ns = self._grains.busy_since_ns
         now_ns = self._engine.clock.now_ns()
         current = running_on(self._host)
+        counts = {} if table is None else table.counts()
         is_stuck = (
             busy_ns
             and current is not None
@@ -524,7 +525,7 @@ class PlacementNode(Verbs):
             state=self._state,
             epoch=self.epoch,
             members=() if table is None else table.topology.members,
-            partitions={} if table is None else dict(table.counts()),
+            partitions={str(each): count for each, count in counts.items()},
             activations=tuple(
                 ActivationSnapshot(
                     identity=each.pid.identity,

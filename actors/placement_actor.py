@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import pykka
@@ -386,21 +387,13 @@ class PlacementActor(DispatchedActor):
             match effect:
                 case OpenSession(record):
                     session = record.session
-                    self._ask_sessions(
-                        effect, lambda o, now, s=session: own.opened(s, o, now)
-                    )
+                    self._ask_sessions(effect, partial(own.opened, session))
                 case RenewSession(session, count):
-                    self._ask_sessions(
-                        effect,
-                        lambda o, now, s=session, c=count: own.renewed(s, c, o, now),
-                    )
+                    self._ask_sessions(effect, partial(own.renewed, session, count))
                 case ReadSessions():
-                    self._ask_sessions(effect, lambda o, now: self._viewed(o, now))
+                    self._ask_sessions(effect, self._viewed)
                 case CloseSession(session, count):
-                    self._ask_sessions(
-                        effect,
-                        lambda o, now, s=session, c=count: own.closed(s, c, o, now),
-                    )
+                    self._ask_sessions(effect, partial(own.closed, session, count))
                 case WriteMembers():
                     self._ask_sessions(effect, self._members_written)
                 case SendEcho(nonce):

@@ -86,7 +86,11 @@ class Ref:
         return wait(self._sender, future, timeout)
 
     async def ask_async(
-        self, message: Any, *, timeout: float | None = None, request_id: str = ""
+        self,
+        message: Any,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109  it travels with the message
+        request_id: str = "",
     ) -> Any:
         """Ask; awaiting it blocks neither an event loop nor a Grain's dispatcher."""
         return await self._sender.ask(

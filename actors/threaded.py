@@ -130,12 +130,13 @@ class ThreadedActivation(GrainActivation):
         self._is_inside = False
         self._is_abandoned = False
         self._owes_end = False
+        as_host: Any = _ThreadedHost(host, self._inbox)
         super().__init__(
             pid,
             record,
             guard=guard,
             kind=kind,
-            host=_ThreadedHost(host, self._inbox),
+            host=as_host,
         )
 
     # --- from any thread ---

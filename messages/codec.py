@@ -101,9 +101,8 @@ class Codec:
         for field in body[1:]:
             if type(field) is int and not 0 <= field <= _INT_MAX:
                 # A payload that is a number of its own is the one exception.
-                if field is getattr(frame, "payload", _NOTHING):
-                    if field <= _INT_MAX:
-                        continue
+                if field <= _INT_MAX and field is getattr(frame, "payload", _NOTHING):
+                    continue
                 raise BadFrame(f"{name}: {field} is out of range")
         return Envelope(version, cluster, sender, to, number, frame)
 
@@ -123,7 +122,7 @@ class Codec:
             )
         except BadFrame:
             raise
-        except Exception as error:  # msgpack raises many kinds
+        except Exception as error:  # noqa: BLE001  msgpack raises many kinds
             raise BadFrame(f"not msgpack: {type(error).__name__}: {error}") from None
 
 
@@ -131,7 +130,7 @@ _NOTHING = object()
 
 
 def _refuse_extension(code: int, data: bytes) -> Any:
-    raise BadFrame(f"extension type {code}")
+    raise BadFrame(f"extension type {code} of {len(data)} bytes")
 
 
 def _tuple_of(value: Any) -> Any:

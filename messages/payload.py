@@ -52,7 +52,7 @@ def unpack(data: bytes) -> Any:
     """
     try:
         value = msgpack.unpackb(data, strict_map_key=False)
-    except Exception as error:  # msgpack raises many kinds
+    except Exception as error:  # noqa: BLE001  msgpack raises many kinds
         raise BadMessage(f"payload bytes are damaged: {error}") from None
     return copy(value)
 

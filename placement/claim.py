@@ -595,6 +595,7 @@ class Claims:
             # The store is read anew: it knows which session is closed by now.
             return (*effects, *self._acquire(procedure, now_ns))
         assert self._table is not None
+        assert procedure.awaiting is not None
         if procedure.awaiting in self._table.topology:
             return (*effects, *self._send_start(procedure, now_ns))
         return (*effects, *self._acquire(procedure, now_ns))

@@ -93,6 +93,9 @@ DeliveryEffect: TypeAlias = (
 )
 
 
+_NOT_IN_TIME = Refusal("Pending", "its placement was not known in time")
+
+
 @dataclass(slots=True, eq=False)
 class _Hold:
     """The messages to one identity that wait, and for what.
@@ -108,7 +111,7 @@ class _Hold:
     owner: SessionId | None = None
     due_ns: int = 0
     pause_ns: int = _AGAIN_FIRST_NS
-    refusal: Refusal = Refusal("Pending", "its placement was not known in time")
+    refusal: Refusal = _NOT_IN_TIME
 
     def messages(self) -> tuple[Outgoing, ...]:
         return (*self.bounced, *self.waiting)
@@ -164,7 +167,7 @@ class Deliveries:
             if hold.marked is not None:
                 if hold.marked.session in gone:
                     effects += self._resolve(hold, now_ns)
-            elif hold.owner not in table.topology:
+            elif hold.owner is None or hold.owner not in table.topology:
                 effects += self._resolve(hold, now_ns)
         return tuple(effects)
 

@@ -114,8 +114,10 @@ HostingEffect: TypeAlias = (
 
 @dataclass(slots=True, eq=False)
 class _Hosted:
-    """One identity on this node. `state` is claiming, starting, active, ending or
-    giving up; a lapsed one is ending or gone.
+    """One identity on this node.
+
+    `state` is claiming, starting, active, ending or giving up; a lapsed one is
+    ending or gone.
     """
 
     identity: Identity
@@ -185,7 +187,7 @@ class Hosting:
         if self._session == session:
             self._session, self._why_not = None, why
         effects: list[HostingEffect] = []
-        for identity, hosted in sorted(self._hosted.items()):
+        for _, hosted in sorted(self._hosted.items()):
             if hosted.session != session:
                 continue
             match hosted.state:

@@ -67,8 +67,9 @@ class VirtualActorRegistry(Generic[T]):
         return tuple(each for _, each in sorted(self._registered.items()))
 
     def idle(self, now_ns: int) -> tuple[Pid, ...]:
-        """Those not used for their `idle_after_ns`; each is looked at once more
-        after another such time, if it is still there.
+        """Those not used for their `idle_after_ns`.
+
+        Each is looked at once more after another such time, if it is still there.
         """
         found = []
         while self._due and self._due[0][0] <= now_ns:

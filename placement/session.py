@@ -348,7 +348,10 @@ class OwnSession:
         return (OpenSession(SessionRecord(session=self._session, ttl_ms=ttl_ms)),)
 
     def opened(
-        self, session: SessionId, outcome: bool | StoreTrouble, now_ns: int
+        self,
+        session: SessionId,
+        outcome: bool | StoreTrouble,  # noqa: FBT001  the store's own outcome
+        now_ns: int,
     ) -> tuple[SessionEffect, ...]:
         """The store has answered the opening."""
         if session != self._session or self._state != "opening":
@@ -497,7 +500,7 @@ class OwnSession:
         self,
         session: SessionId,
         count: int,
-        outcome: bool | StoreTrouble,
+        outcome: bool | StoreTrouble,  # noqa: FBT001  the store's own outcome
         now_ns: int,
     ) -> tuple[SessionEffect, ...]:
         """The store has answered a closing, of our own or another's session."""
