@@ -84,7 +84,8 @@ class Grain(Generic[State]):
     def upgrade(cls, stored: Any, version: int) -> Any:
         """Turn the plain value of schema `version` into one of this schema."""
         raise ValueError(
-            f"{cls.__name__} cannot read the schema {version} of its state"
+            f"{cls.__name__} cannot read the schema {version} of its state, "
+            f"a {type(stored).__name__}"
         )
 
 

@@ -1,10 +1,11 @@
-import gzip, json, sys
+import gzip
+import json
+import sys
 from collections import Counter
-from pathlib import Path  # noqa: E401, E702, I001
+from pathlib import Path
 
 trace, report = (Path(name).read_bytes() for name in sys.argv[1:])
-wanted = Counter(
-    json.loads(line)["identity"] for line in gzip.decompress(trace).splitlines()
-)
-found = {row["identity"]: row["count"] for row in map(json.loads, report.splitlines())}
-sys.exit(0 if found == wanted else "the counts differ")
+lines = [json.loads(line) for line in gzip.decompress(trace).splitlines()]
+rows = [json.loads(line) for line in report.splitlines()]
+wanted = Counter(line["identity"] for line in lines)
+sys.exit(0 if {r["identity"]: r["count"] for r in rows} == wanted else "they differ")
