@@ -10,7 +10,7 @@ import pykka
 
 from actors.clock import Clock, SystemClock
 from actors.dispatch import ThreadDispatcher
-from actors.store_actor import StoreActor
+from actors.store_actor import StoreActor, Turnstile
 from actors.store_url import open_store
 from actors.transport import InProcessTransport
 from placement.contracts import Store
@@ -92,11 +92,12 @@ class EmbeddedEngine:
             ThreadDispatcher("placement-entries", self.clock),
             ThreadDispatcher("placement-sessions", self.clock),
         )
+        turnstile = Turnstile()
         self.entries: pykka.ActorRef[Any] = StoreActor.start(
-            self.store.another(), dispatcher=self._lanes[0]
+            self.store.another(), dispatcher=self._lanes[0], turnstile=turnstile
         )
         self.sessions: pykka.ActorRef[Any] = StoreActor.start(
-            self.store.another(), dispatcher=self._lanes[1]
+            self.store.another(), dispatcher=self._lanes[1], turnstile=turnstile
         )
 
     def dispatcher(self, name: str) -> ThreadDispatcher:

@@ -4,7 +4,9 @@ Sessions have an actor and a connection of their own, so that a renewal never
 waits behind other effects.
 """
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -48,6 +50,47 @@ class Perform:
     to: Dispatcher
 
 
+class Turnstile:
+    """One at a time at a store that has one writer; the urgent before the patient.
+
+    Without it a renewal could wait for the database's lock behind one group
+    commit after the other: a lock that is asked for by polling is not fair.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._urgent_count = 0
+        self._is_taken = False
+
+    @contextmanager
+    def urgent(self) -> Iterator[None]:
+        """Pass as soon as whoever is inside has left."""
+        with self._changed:
+            self._urgent_count += 1
+            while self._is_taken:
+                self._changed.wait()
+            self._urgent_count -= 1
+            self._is_taken = True
+        yield from self._inside()
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Pass when nobody is inside, and nobody urgent waits."""
+        with self._changed:
+            while self._is_taken or self._urgent_count:
+                self._changed.wait()
+            self._is_taken = True
+        yield from self._inside()
+
+    def _inside(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_taken = False
+                self._changed.notify_all()
+
+
 @dataclass(slots=True, eq=False)
 class _Step:
     """One request to the store, and whom its outcome is for."""
@@ -62,9 +105,16 @@ class StoreActor(DispatchedActor):
 
     batch_max: ClassVar[int] = 1_000
 
-    def __init__(self, store: Store, *, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        dispatcher: Dispatcher,
+        turnstile: Turnstile | None = None,
+    ) -> None:
         super().__init__(dispatcher=dispatcher)
         self._store = store
+        self._turnstile = turnstile or Turnstile()
         self.batch_count = 0
         self.request_count = 0
         self.failure_count = 0
@@ -84,6 +134,7 @@ class StoreActor(DispatchedActor):
 
     def _handle_batch(self, batch: list[Any]) -> None:
         entries: list[Perform] = []
+        urgent: list[Perform] = []
         done: list[tuple[Perform, Any]] = []
         others: list[Any] = []
         for envelope in batch:
@@ -93,10 +144,17 @@ class StoreActor(DispatchedActor):
             elif type(message.request) in self._methods:
                 entries.append(message)
             else:
-                done.append((message, self._perform_session(message.request)))
+                urgent.append(message)
+        if urgent:
+            with self._turnstile.urgent():
+                done += (
+                    (message, self._perform_session(message.request))
+                    for message in urgent
+                )
         if entries:
             steps = _steps(entries)
-            self._perform_all(steps)
+            with self._turnstile.patient():
+                self._perform_all(steps)
             done += ((asked, step.outcome) for step in steps for asked in step.asked)
         self.batch_count += 1
         self.request_count += len(done)
