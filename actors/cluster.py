@@ -222,7 +222,14 @@ class Cluster(Verbs):
         """
         with self._lock:
             node = self._nodes.pop(name)
+        session = node.session
         node.stop(timeout=timeout)
+        if session is not None:
+            # Let no later resolution find it in what the entry remembers.
+            self._entry._need_topology(0)  # noqa: SLF001
+            self._entry.wait_for(
+                lambda: session not in self._entry.topology, self._settings.ttl * 4
+            )
 
     def kill_node(self, name: str) -> None:
         """End a node as a crash would; others take over when its session is over.
