@@ -30,6 +30,7 @@ from placement.claim import (
     ChooseHost,
     ClaimEffect,
     Claims,
+    FindHere,
     NeedTopology,
     RedirectTo,
     Refuse,
@@ -77,6 +78,7 @@ class PartitionCoordinator(DispatchedActor):
         *,
         dispatcher: Dispatcher,
         choose_host: ChooseHost,
+        find_here: FindHere,
         entries: pykka.ActorRef[Any],
         send: Callable[[Address, Frame], bool],
         need_topology: Callable[[int], None],
@@ -84,7 +86,7 @@ class PartitionCoordinator(DispatchedActor):
         is_dead: Callable[[], bool],
     ) -> None:
         super().__init__(dispatcher=dispatcher)
-        self._claims = Claims(choose_host=choose_host)
+        self._claims = Claims(choose_host=choose_host, find_here=find_here)
         self._entries = entries
         self._send = send
         self._need_topology = need_topology

@@ -132,7 +132,7 @@ class Surface:
             )
         }
         for name in self._functions:
-            if hasattr(Grain, name):
+            if issubclass(actor_class, Grain) and hasattr(Grain, name):
                 raise TypeError(f"{self.name}.{name} is no name for a handler")
         self.handlers = frozenset(self._functions)
         self._read: dict[str, _Handler] = {}

@@ -325,9 +325,11 @@ class PlacementNode(Verbs):
         )
         self._sender = _NodeSender(self._outbox)
         self._host = _NodeHost(self)
+        hosting = Hosting(kinds=frozenset(self._kinds))
         self._coordinator: pykka.ActorRef[Any] = PartitionCoordinator.start(
             dispatcher=self._engine.system,
             choose_host=self._choose_host,
+            find_here=hosting.serving,
             entries=self._engine.entries,
             send=self._postbox.send,
             need_topology=self._need_topology,
@@ -346,7 +348,7 @@ class PlacementNode(Verbs):
                 margin_ns=round(settings.margin_s * 1e9),
             ),
             observer=Observer(renew_every_ns=renew_ns),
-            hosting=Hosting(kinds=frozenset(self._kinds)),
+            hosting=hosting,
             registry=self._registry,
             entries=self._engine.entries,
             sessions=self._engine.sessions,

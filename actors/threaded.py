@@ -7,13 +7,12 @@ waiting for an answer that the output gate holds back.
 
 import threading
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import pykka
 
 from actors.activation import GrainActivation, Mail
 from actors.dispatch import Dispatcher, Timer
-from actors.grain import Surface
 from actors.kind import Kind
 from placement.contracts import Failed, Save, Saved, Stale
 from placement.entry import ActivationRecord, Pid
@@ -69,46 +68,31 @@ class _ThreadedHost:
         return getattr(self._host, name)
 
 
-class _Hosted:
-    """Mixed into the user's class: turns enter it only by its activation."""
+def _host(actor: Any, activation: "ThreadedActivation") -> None:
+    """Have turns enter the user's actor, and its end told to `activation`."""
+    receive, on_stop = actor._handle_receive, actor.on_stop  # noqa: SLF001
 
-    _activation: "ThreadedActivation"
-    _hosted: ClassVar[dict[type, type]] = {}
-
-    def _handle_receive(self, message: Any) -> Any:
+    def handle_receive(message: Any) -> Any:
         if isinstance(message, _Turn):
-            message.turn(*message.arguments)
-            return None
-        return super()._handle_receive(message)  # type: ignore[misc]
+            return message.turn(*message.arguments)
+        return receive(message)
 
-    def on_activate(self) -> Any:
-        """Nothing, unless the class has such a hook."""
-        hook = getattr(super(), "on_activate", None)
-        return None if hook is None else hook()
+    def stopped() -> None:
+        if activation.may_enter():
+            on_stop()
+        activation.actor_stopped()
 
-    def on_passivate(self) -> Any:
-        """Nothing, unless the class has such a hook."""
-        hook = getattr(super(), "on_passivate", None)
-        return None if hook is None else hook()
+    actor.context = activation.context
+    actor.use_daemon_thread = True
+    actor.on_stop = stopped
+    actor._handle_receive = handle_receive  # noqa: SLF001
+    for hook in ("on_activate", "on_passivate"):
+        if not hasattr(actor, hook):
+            setattr(actor, hook, _no_hook)
 
-    def on_stop(self) -> None:
-        """The user's hook, unless the lease is over."""
-        if self._activation.may_enter():
-            super().on_stop()  # type: ignore[misc]
-        self._activation.actor_stopped()
 
-    @classmethod
-    def of(cls, actor_class: type) -> type:
-        """The hosted variant of `actor_class`."""
-        found = cls._hosted.get(actor_class)
-        if found is None:
-            found = type(
-                actor_class.__name__,
-                (_Hosted, actor_class),
-                {"use_daemon_thread": True, "__module__": actor_class.__module__},
-            )
-            cls._hosted[actor_class] = found
-        return found
+def _no_hook() -> None:
+    """A ThreadingActor need not have the hooks of a Grain."""
 
 
 class ThreadedActivation(GrainActivation):
@@ -154,12 +138,10 @@ class ThreadedActivation(GrainActivation):
         try:
             factory = self.kind.factory
             actor = factory() if isinstance(factory, type) else factory(self.context)
-            actor.__class__ = _Hosted.of(type(actor))
+            _host(actor, self)
         except Exception as error:  # user code may raise anything
             self._activated(error)
             return
-        actor.context = self.context
-        actor._activation = self  # noqa: SLF001
         self._grain = actor
         self._inbox.actor = actor.actor_ref
         pykka.ActorRegistry.register(actor.actor_ref)
@@ -183,9 +165,6 @@ class ThreadedActivation(GrainActivation):
 
     def _make(self) -> Any:
         return self._grain
-
-    def _surface_of(self, grain: Any) -> Surface:
-        return Surface.of(type(grain).__mro__[2])
 
     def _enter(self) -> None:
         self._is_inside = True

@@ -20,6 +20,9 @@ from placement.identity import Identity
 from placement.partition import PartitionTable
 from placement.topology import Address, Member, SessionId
 
+FindHere: TypeAlias = Callable[[Identity], Pid | None]
+"""The activation that serves on this very node, where there is one."""
+
 ChooseHost: TypeAlias = Callable[[Identity, PartitionTable], Member]
 
 #: Refusals of a host after which another try may go better.
@@ -179,7 +182,8 @@ class Claims:
     order.
     """
 
-    def __init__(self, *, choose_host: ChooseHost) -> None:
+    def __init__(self, *, choose_host: ChooseHost, find_here: FindHere) -> None:
+        self._find_here = find_here
         self._choose_host = choose_host
         self._session: SessionId | None = None
         self._table: PartitionTable | None = None
@@ -289,6 +293,10 @@ class Claims:
         if procedure is not None:
             procedure.waiters[to] = deadline_ns
             return ()
+        here = self._find_here(identity)
+        if here is not None:
+            # Its owner answers for itself: no need to ask the store who that is.
+            return (AnswerPid(to, here),)
         self._last_number += 1
         procedure = _Procedure(
             identity, Acquisition(session, self._last_number), "acquiring"

@@ -168,6 +168,13 @@ class Hosting:
         hosted = self._hosted.get(identity)
         return None if hosted is None else hosted.state
 
+    def serving(self, identity: Identity) -> Pid | None:
+        """The activation that serves here under the session of now."""
+        hosted = self._hosted.get(identity)
+        if hosted is None or hosted.state != "active":
+            return None
+        return hosted.pid
+
     def states(self) -> tuple[tuple[Identity, str, Pid | None], ...]:
         """All of them, sorted by identity."""
         return tuple(
