@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Protocol
 
-import structlog
-
 from actors.context import Context, Timer
 from actors.dispatch import Dispatcher
 from actors.future import Future, running
 from actors.grain import Surface
 from actors.kind import Kind
+from actors.log import log
 from messages import payload as payloads
 from placement.contracts import Failed, Save, Saved, Stale
 from placement.entry import ActivationRecord, Pid
@@ -38,8 +37,6 @@ from placement.errors import (
 from placement.event import Happened
 from placement.identity import Identity
 from placement.lease import Guard
-
-_log = structlog.get_logger("actors")
 
 TURNS_AT_ONCE = 64
 _SAVE_AGAIN_NS = 50_000_000
@@ -512,7 +509,7 @@ class GrainActivation:
 
     def _troubled(self, error: Exception) -> None:
         """User code raised: say so, and put the state back to the last save."""
-        _log.error("handler failed", identity=str(self.pid.identity), exc_info=error)
+        log.error("handler failed", identity=str(self.pid.identity), exc_info=error)
         self._host.publish(
             Happened(
                 kind="actor",
@@ -540,7 +537,7 @@ class GrainActivation:
             else:
                 self._schedule()
             return
-        _log.error("activation failed", identity=str(self.pid.identity), exc_info=error)
+        log.error("activation failed", identity=str(self.pid.identity), exc_info=error)
         self._state = "ended"
         self._end_timers()
         self._host.seal(self)
@@ -609,7 +606,7 @@ class GrainActivation:
             try:
                 turn.coroutine.close()
             except Exception as error:  # a finally of user code may raise
-                _log.error("coroutine did not close", exc_info=error)
+                log.error("coroutine did not close", exc_info=error)
             finally:
                 self._leave()
         if turn is not None and turn.mail is not None:

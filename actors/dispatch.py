@@ -13,11 +13,9 @@ from queue import Empty, SimpleQueue
 from typing import Any, ClassVar, Protocol
 
 import pykka
-import structlog
 
 from actors.clock import Clock
-
-_log = structlog.get_logger("actors")
+from actors.log import log
 
 Turn = Callable[..., object]
 
@@ -141,7 +139,7 @@ class ThreadDispatcher:
             turn(*arguments)
         except Exception as error:  # a bug; one turn must not end the others
             self.bug_count += 1
-            _log.exception("a turn raised")
+            log.exception("a turn raised")
             if self._on_bug is not None:
                 self._on_bug(error)
         finally:
@@ -239,7 +237,7 @@ class DispatchedActor(pykka.Actor):
                 if envelope.reply_to is not None:
                     envelope.reply_to.set_exception()
                     continue
-                _log.exception("an actor raised", actor=type(self).__name__)
+                log.exception("an actor raised", actor=type(self).__name__)
                 self._stop()
                 if self._bug is not None:
                     self._bug(error)

@@ -6,11 +6,9 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import pykka
-import structlog
 
+from actors.log import log
 from placement.event import Event, EventsLost, Happened, event_of
-
-_log = structlog.get_logger("actors")
 
 WAITING_MAX = 10_000
 
@@ -32,7 +30,7 @@ class _Reader(pykka.ThreadingActor):
             try:
                 self._subscriber(event)
             except Exception:  # the subscriber's trouble is nobody else's
-                _log.exception("a subscriber of events raised")
+                log.exception("a subscriber of events raised")
 
 
 class Subscription:
@@ -109,7 +107,7 @@ class Subscription:
         try:
             reader.stop(timeout=timeout_s)
         except pykka.Timeout:
-            _log.warning("a subscriber of events does not come back")
+            log.warning("a subscriber of events does not come back")
 
 
 class EventStream:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import structlog
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -17,6 +16,7 @@ from rich.table import Table
 from actors.cluster import Cluster, StoreInUse
 from actors.engine import Settings
 from actors.kind import BadKind, Kind, load_kind
+from actors.log import to_stderr
 from actors.requests import Requests, read_requests
 from actors.run import (
     BadRun,
@@ -42,13 +42,6 @@ FAILED, WRONG, INTERRUPTED = 1, 2, 130
 @click.version_option(package_name="actor-placement", prog_name="placement")
 def main() -> None:
     """Virtual actors: addressed by identity, at most one activation of each."""
-
-
-def _quiet_logs(level: int) -> None:
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
 
 
 def _wrong(message: str) -> "click.exceptions.Exit":
@@ -171,7 +164,7 @@ def run(
     REQUESTS is a file of JSON lines, plain or .gz, or - for standard input;
     without it, a sample that comes along.
     """
-    _quiet_logs(logging.INFO if verbose else logging.CRITICAL)
+    to_stderr(logging.INFO if verbose else logging.CRITICAL)
     sys.path.insert(0, "")
     names = [f"node-{number}" for number in range(1, nodes + 1)]
     try:

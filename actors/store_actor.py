@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
-import structlog
-
 from actors.dispatch import DispatchedActor, Dispatcher
 from placement.contracts import (
     Acquire,
@@ -32,8 +30,6 @@ from placement.session import (
     StoreTrouble,
     WriteMembers,
 )
-
-_log = structlog.get_logger("actors")
 
 EntryRequest: TypeAlias = Acquire | Release | Load | Claim | Save | GiveUp
 SessionRequest: TypeAlias = (

@@ -1,0 +1,393 @@
+from typing import Any
+
+import pytest
+
+from placement.claim import (
+    AcquireLock,
+    AnswerPid,
+    AskHolderSession,
+    AskOwnerSession,
+    Claims,
+    NeedTopology,
+    RedirectTo,
+    Refuse,
+    ReleaseLock,
+    Requester,
+    StartAt,
+    TellHolderState,
+)
+from placement.contracts import Acquire, Failed, LockHeld, Release
+from placement.entry import Acquisition, Pid
+from placement.errors import NoAuthority, Refusal
+from placement.identity import Identity
+from placement.partition import PartitionTable
+from placement.topology import Address, Member, Topology
+from tests.placement.builders import (
+    CART,
+    CLIENT,
+    MS,
+    A,
+    B,
+    S,
+    acquired,
+    entry,
+    none_of,
+    only,
+    owned_by,
+    table,
+)
+
+HERE: dict[Identity, Pid] = {}
+
+
+def choose(identity: Identity, of: PartitionTable) -> Member:
+    return of.host_of(identity)
+
+
+def claims(*, started: bool = True) -> Claims:
+    made = Claims(choose_host=choose, find_here=HERE.get)
+    if started:
+        made.adopt(A, table(A), now_ns=0)
+    return made
+
+
+def to(number: int) -> Requester:
+    return Requester(CLIENT, number)
+
+
+def ask(
+    made: Claims, number: int = 1, *, epoch: int = 1, now: int = 0, **options: Any
+) -> Any:
+    return made.request(
+        to(number),
+        options.get("identity", CART),
+        epoch=epoch,
+        deadline_ns=options.get("deadline", 10 * S),
+        now_ns=now,
+    )
+
+
+def lock(effects: Any) -> Acquire:
+    return only(effects, AcquireLock).request
+
+
+def starting(made: Claims) -> StartAt:
+    request = lock(ask(made))
+    return only(made.acquired(request, acquired(), now_ns=0), StartAt)
+
+
+def test_r1_3_every_lookup_is_refused_while_placement_is_undetermined() -> None:
+    made = claims(started=False)
+    for number in range(3):
+        refused = only(ask(made, number), Refuse)
+        assert refused.refusal == Refusal("NotReady", "the node has not started")
+
+    made.adopt(A, None, now_ns=0)
+    assert "topology is not known" in only(ask(made), Refuse).refusal.message
+
+    made.adopt(A, table(), now_ns=0)
+    assert "no member owns" in only(ask(made), Refuse).refusal.message
+
+    made.adopt(None, None, why_not="it has stopped", now_ns=0)
+    assert only(ask(made), Refuse).refusal.message == "it has stopped"
+
+
+def test_r3_1_a_start_is_asked_for_only_once_the_lock_is_acquired() -> None:
+    made = claims()
+    first = ask(made)
+    assert none_of(first, StartAt)
+
+    start = only(made.acquired(lock(first), acquired(), now_ns=0), StartAt)
+
+    assert start.acquisition == lock(first).acquisition
+    assert start.host == A
+    assert start.expected_revision == 0
+
+
+def test_r3_2_without_the_lock_nothing_is_started() -> None:
+    made = claims()
+    request = lock(ask(made))
+    holder = Acquisition(B, 7)
+
+    effects = made.acquired(request, LockHeld(holder), now_ns=0)
+
+    assert none_of(effects, StartAt)
+    assert only(effects, AskHolderSession).holder == holder
+    assert made.holder_answered(CART, holder, 1, "running", now_ns=1) == ()
+    assert only(made.holder_answered(CART, holder, 1, "free", now_ns=2), AcquireLock)
+
+
+def test_r2_5_concurrent_requests_are_one_procedure_and_one_answer_each() -> None:
+    made = claims()
+    request = lock(ask(made, 1))
+    assert ask(made, 2) == ()
+    assert ask(made, 2) == ()
+    made.acquired(request, acquired(), now_ns=0)
+
+    effects = made.started(CART, 1, A, 5)
+
+    pid = Pid(CART, A, 5)
+    assert effects == (AnswerPid(to(1), pid), AnswerPid(to(2), pid))
+    assert made.running_count == 0
+
+
+def test_r2_2_an_open_owner_is_asked_and_its_answer_passed_on() -> None:
+    made = claims()
+    request = lock(ask(made))
+    owned = acquired(entry(owner=B, token=3, revision=3))
+    asked = only(made.acquired(request, owned, now_ns=0), AskOwnerSession)
+    assert (asked.session, asked.fencing_token) == (B, 3)
+
+    effects = made.owner_answered(CART, B, 1, "here", 3, now_ns=1)
+
+    assert AnswerPid(to(1), Pid(CART, B, 3)) in effects
+    assert only(effects, ReleaseLock).request == Release(CART, request.acquisition)
+
+
+def test_r2_2_what_serves_on_the_node_itself_is_answered_at_once() -> None:
+    made = claims()
+    HERE[CART] = Pid(CART, A, 9)
+    try:
+        assert ask(made) == (AnswerPid(to(1), HERE[CART]),)
+    finally:
+        HERE.clear()
+
+
+def test_an_owner_that_gave_up_or_is_not_the_one_is_not_believed_to_be_gone() -> None:
+    made = claims()
+    request = lock(ask(made))
+    owned = acquired(entry(owner=B, token=3, revision=3))
+    made.acquired(request, owned, now_ns=0)
+    assert made.owner_answered(CART, B, 1, "not_mine", 0, now_ns=1) == ()
+    assert made.owner_answered(CART, B, 1, "pending", 0, now_ns=1) == ()
+    assert made.owner_answered(CART, A, 1, "gave_up", 0, now_ns=1) == ()
+
+    effects = made.owner_answered(CART, B, 1, "gave_up", 0, now_ns=1)
+
+    assert lock(effects) == request
+    assert made.owner_answered(CART, B, 99, "gave_up", 0, now_ns=1) == ()
+
+
+def test_r3_5_the_entry_of_a_closed_owner_is_claimed_over() -> None:
+    made = claims()
+    request = lock(ask(made))
+    dead = acquired(entry(owner=B, token=3, revision=8), is_open=False)
+
+    start = only(made.acquired(request, dead, now_ns=0), StartAt)
+
+    assert start.expected_revision == 8
+
+
+def test_r1_1_a_request_for_another_members_partition_is_redirected() -> None:
+    made = Claims(choose_host=choose, find_here=HERE.get)
+    both = table(A, B, epoch=4)
+    made.adopt(A, both, now_ns=0)
+    theirs = owned_by(B, both)
+
+    assert ask(made, identity=theirs) == (RedirectTo(to(1), theirs, 4, B),)
+
+
+def test_a_newer_epoch_is_waited_for_and_then_decided_by() -> None:
+    made = claims()
+    assert ask(made, epoch=5) == (NeedTopology(5),)
+    assert made.due_ns == 10 * S
+
+    effects = made.adopt(A, table(A, epoch=5), now_ns=1)
+
+    assert lock(effects).identity == CART
+
+
+def test_a_newer_epoch_that_never_comes_is_refused_at_the_deadline() -> None:
+    made = claims()
+    ask(made, epoch=5)
+    assert made.tick(now_ns=9 * S) == ()
+
+    refused = only(made.tick(now_ns=10 * S), Refuse)
+
+    assert refused.refusal.reason == "NotReady"
+    assert "epoch 5" in refused.refusal.message
+
+
+def test_a_request_that_comes_too_late_is_refused() -> None:
+    assert only(ask(claims(), deadline=5, now=5), Refuse).refusal.reason == "Pending"
+
+
+@pytest.mark.parametrize("reason", ["ActivationFailed", "StoreFailed"])
+def test_r2_4_a_failed_start_is_told_to_every_waiter(reason: str) -> None:
+    made = claims()
+    starting(made)
+    ask(made, 2)
+
+    effects = made.start_refused(CART, 1, A, Refusal(reason, "why"), now_ns=1)
+
+    refused = [each for each in effects if isinstance(each, Refuse)]
+    assert [each.to for each in refused] == [to(1), to(2)]
+    assert all(each.refusal == Refusal(reason, "why") for each in refused)
+    assert only(effects, ReleaseLock)
+
+
+def test_a_host_that_refuses_for_now_is_tried_again_until_the_deadline() -> None:
+    made = claims()
+    starting(made)
+    refusal = Refusal("NotReady", "it has lapsed")
+    assert made.start_refused(CART, 1, A, refusal, now_ns=0) == (NeedTopology(0),)
+    due = made.due_ns
+    assert due is not None
+
+    assert only(made.tick(now_ns=due), AcquireLock)
+
+    refused = only(made.tick(now_ns=10 * S), Refuse)
+    assert refused.refusal == Refusal("Pending", f"{A} refused: it has lapsed")
+
+
+def test_answers_of_another_procedure_or_host_change_nothing() -> None:
+    made = claims()
+    starting(made)
+
+    assert made.started(CART, 2, A, 5) == ()
+    assert made.started(CART, 1, B, 5) == ()
+    assert made.start_refused(CART, 1, B, Refusal("Pending", ""), now_ns=0) == ()
+    assert made.holder_answered(CART, Acquisition(B, 1), 1, "free", now_ns=0) == ()
+    assert made.owner_answered(CART, A, 1, "here", 5, now_ns=0) == ()
+    assert made.running_count == 1
+
+
+def test_a_start_that_is_not_answered_is_sent_again() -> None:
+    made = claims()
+    start = starting(made)
+    due = made.due_ns
+    assert due is not None
+
+    again = only(made.tick(now_ns=due), StartAt)
+
+    assert again.acquisition == start.acquisition
+
+
+def test_a_host_that_left_is_chosen_anew() -> None:
+    made = claims()
+    made.adopt(A, table(A, B, epoch=2), now_ns=0)
+    mine = owned_by(A, table(A, B, epoch=2))
+    request = lock(ask(made, identity=mine))
+    made._choose_host = lambda identity, of: of.topology.members[1]
+    start = only(made.acquired(request, acquired(entry(mine)), now_ns=0), StartAt)
+    assert start.host == B
+    assert only(made.adopt(A, table(A, epoch=3), closed=(B,), now_ns=1), AcquireLock)
+
+    made.acquired(request, acquired(entry(mine)), now_ns=1)
+    made._table = table(epoch=4)
+    due = made.due_ns
+    assert due is not None
+    assert only(made.tick(now_ns=due), AcquireLock)
+
+
+def test_a_lock_that_comes_too_late_is_released() -> None:
+    made = claims()
+    request = lock(ask(made))
+    assert only(made.tick(now_ns=10 * S), ReleaseLock)
+
+    assert only(made.acquired(request, acquired(), now_ns=11 * S), ReleaseLock)
+    assert made.acquired(request, LockHeld(Acquisition(B, 1)), now_ns=11 * S) == ()
+
+
+def test_a_store_that_fails_is_told_to_the_waiters() -> None:
+    made = claims()
+    request = lock(ask(made))
+
+    effects = made.acquired(request, Failed("disk full"), now_ns=0)
+
+    refusal = only(effects, Refuse).refusal
+    assert refusal == Refusal("StoreFailed", "disk full")
+    assert only(effects, ReleaseLock)
+
+
+def test_a_repeated_outcome_is_ignored() -> None:
+    made = claims()
+    request = lock(ask(made))
+    made.acquired(request, acquired(), now_ns=0)
+
+    assert made.acquired(request, acquired(), now_ns=0) == ()
+
+
+def test_no_eligible_host_is_no_authority() -> None:
+    made = claims()
+
+    def nobody(identity: Identity, of: PartitionTable) -> Member:
+        raise NoAuthority("nobody knows it")
+
+    made._choose_host = nobody
+    effects = made.acquired(lock(ask(made)), acquired(), now_ns=0)
+
+    assert only(effects, Refuse).refusal == Refusal("NoAuthority", "nobody knows it")
+
+
+def test_an_earlier_lock_of_our_own_is_released_and_taken_again() -> None:
+    made = claims()
+    request = lock(ask(made))
+    mine = Acquisition(A, 77)
+
+    effects = made.acquired(request, LockHeld(mine), now_ns=0)
+
+    assert only(effects, ReleaseLock).request == Release(CART, mine)
+    due = made.due_ns
+    assert due is not None
+    assert only(made.tick(now_ns=due), AcquireLock)
+
+
+def test_who_asks_for_a_lock_of_ours_hears_running_free_or_not_mine() -> None:
+    made = claims()
+    request = lock(ask(made))
+    other = Address("b.1")
+
+    def state(holder: Acquisition) -> Any:
+        return made.holder_asked(other, CART, holder, 4)
+
+    assert only(state(request.acquisition), TellHolderState).state == "running"
+    assert only(state(Acquisition(B, 1)), TellHolderState).state == "not_mine"
+    forgotten = Acquisition(A, 50)
+    release = only(state(forgotten), ReleaseLock).request
+    assert made.released(release, is_released=False) == ()
+    state(forgotten)
+    freed = only(made.released(release, is_released=True), TellHolderState)
+    assert (freed.state, freed.address, freed.procedure) == ("free", other, 4)
+
+
+def test_r1_2_a_partition_that_moves_away_takes_its_requesters_along() -> None:
+    made = claims()
+    both = table(A, B, epoch=2)
+    theirs = owned_by(B, both)
+    ask(made, identity=theirs)
+
+    effects = made.adopt(A, both, now_ns=1)
+
+    assert only(effects, RedirectTo) == RedirectTo(to(1), theirs, 2, B)
+    assert only(effects, ReleaseLock)
+    assert made.running_count == 0
+
+
+def test_r2_3_a_coordinator_that_lost_its_session_refuses_its_requesters() -> None:
+    made = claims()
+    ask(made)
+
+    effects = made.adopt(None, table(A), why_not="lapsed", now_ns=1)
+
+    assert only(effects, Refuse).refusal == Refusal("NotReady", "lapsed")
+
+
+def test_a_waiter_whose_time_is_over_is_refused_and_the_others_wait_on() -> None:
+    made = claims()
+    ask(made, 1, deadline=100 * MS)
+    ask(made, 2)
+
+    effects = made.tick(now_ns=100 * MS)
+
+    assert only(effects, Refuse).to == to(1)
+    assert made.running_count == 1
+
+
+def test_an_empty_topology_has_no_partitions() -> None:
+    made = claims()
+    ask(made)
+
+    effects = made.adopt(A, PartitionTable.build(Topology(epoch=9), 16), now_ns=1)
+
+    assert only(effects, Refuse).refusal.reason == "NotReady"
