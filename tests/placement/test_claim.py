@@ -268,15 +268,32 @@ def test_a_host_that_left_is_chosen_anew() -> None:
     made.adopt(A, table(A, B, epoch=2), now_ns=0)
     mine = owned_by(A, table(A, B, epoch=2))
     request = lock(ask(made, identity=mine))
-    made._choose_host = lambda identity, of: of.topology.members[1]
+    hosts = [B, A]
+    found = table(A, B, epoch=2).topology
+
+    def next_host(_: Identity, __: PartitionTable) -> Member:
+        chosen = found.member(hosts.pop(0))
+        assert chosen is not None
+        return chosen
+
+    made._choose_host = next_host
     start = only(made.acquired(request, acquired(entry(mine)), now_ns=0), StartAt)
     assert start.host == B
-    assert only(made.adopt(A, table(A, epoch=3), closed=(B,), now_ns=1), AcquireLock)
 
-    made.acquired(request, acquired(entry(mine)), now_ns=1)
-    made._table = table(epoch=4)
+    effects = made.adopt(A, table(A, epoch=3), closed=(B,), now_ns=1)
+
+    assert only(effects, AcquireLock)
+    again = only(made.acquired(request, acquired(entry(mine)), now_ns=1), StartAt)
+    assert again.host == A
+
+
+def test_a_host_that_is_no_member_any_more_is_not_asked_again() -> None:
+    made = claims()
+    starting(made)
+    made._table = table(B, epoch=4)
     due = made.due_ns
     assert due is not None
+
     assert only(made.tick(now_ns=due), AcquireLock)
 
 

@@ -1,0 +1,212 @@
+from typing import Any
+
+from placement.claim import NeedTopology
+from placement.delivery import (
+    BOUNCES_MAX,
+    Deliveries,
+    FailMessage,
+    Outgoing,
+    ResolvePid,
+    SendMark,
+    Transmit,
+)
+from placement.entry import Pid
+from placement.errors import Refusal
+from placement.event import Happened
+from placement.pidcache import PidCache
+from tests.placement.builders import CART, A, B, S, none_of, only, table
+
+HERE = Pid(CART, A, 5)
+THERE = Pid(CART, B, 8)
+
+
+def deliveries(*, adopted: bool = True) -> Deliveries:
+    made = Deliveries(PidCache(ttl_ns=60 * S, size_max=10))
+    made.open()
+    if adopted:
+        made.adopt(table(A, B), (), now_ns=0)
+    return made
+
+
+def message(number: int, deadline: int = 10 * S) -> Outgoing:
+    return Outgoing(number, CART, deadline, None)
+
+
+def held(made: Deliveries, number: int = 1, now: int = 0) -> ResolvePid:
+    return only(made.hold(message(number), now_ns=now), ResolvePid)
+
+
+def sent(effects: Any) -> list[tuple[Pid, int]]:
+    return [(e.pid, e.message.number) for e in effects if isinstance(e, Transmit)]
+
+
+def test_r4_3_before_start_and_after_stop_messages_are_refused() -> None:
+    made = Deliveries(PidCache(ttl_ns=1, size_max=1))
+    one = message(1)
+    refused = only(made.hold(one, now_ns=0), FailMessage)
+    assert refused.refusal == Refusal("NotReady", "the node has not started")
+    made.open()
+    refused = only(made.hold(one, now_ns=0), FailMessage)
+    assert "topology" in refused.refusal.message
+    made.adopt(table(), (), now_ns=0)
+    refused = only(made.hold(one, now_ns=0), FailMessage)
+    assert "no member owns" in refused.refusal.message
+
+    made = deliveries()
+    held(made)
+    failed = only(made.close("it has stopped"), FailMessage)
+    assert failed.refusal == Refusal("NotReady", "it has stopped")
+    assert only(made.hold(one, now_ns=0), FailMessage)
+    assert (
+        only(
+            made.bounced(HERE, one, needs_mark=True, now_ns=0), FailMessage
+        ).refusal.message
+        == "it has stopped"
+    )
+
+
+def test_all_that_waits_for_a_resolution_goes_in_order() -> None:
+    made = deliveries()
+    resolve = held(made, 1)
+    assert made.hold(message(2), now_ns=0) == ()
+    assert made.route(CART, 0) is None
+
+    effects = made.resolved(resolve.request, HERE, now_ns=1)
+
+    assert sent(effects) == [(HERE, 1), (HERE, 2)]
+    assert made.route(CART, 1) == HERE
+    assert made.resolved(resolve.request, HERE, now_ns=1) == ()
+    assert not made.is_holding
+
+
+def test_what_bounced_goes_before_what_waited_once_the_mark_is_back() -> None:
+    made = deliveries()
+    made.cache.put(HERE, 0)
+    mark = only(made.bounced(HERE, message(1), needs_mark=True, now_ns=0), SendMark)
+    assert mark.pid == HERE
+    made.hold(message(3), now_ns=0)
+    made.bounced(HERE, message(2), needs_mark=True, now_ns=0)
+    # An answer to something else, and a mark of something else, are not it.
+    assert made.resolved(mark.mark, THERE, now_ns=0) == ()
+    assert made.marked(CART, mark.mark + 1, now_ns=0) == ()
+    assert made.redirected(mark.mark, 9, B, now_ns=0) == ()
+    assert made.refused(mark.mark, Refusal("NoAuthority", ""), now_ns=0) == ()
+
+    resolve = only(made.marked(CART, mark.mark, now_ns=1), ResolvePid)
+
+    effects = made.resolved(resolve.request, THERE, now_ns=2)
+    assert sent(effects) == [(THERE, 1), (THERE, 2), (THERE, 3)]
+
+
+def test_the_end_of_the_session_stands_for_its_mark() -> None:
+    made = deliveries()
+    made.bounced(HERE, message(1), needs_mark=True, now_ns=0)
+    assert none_of(made.adopt(table(A, B, epoch=2), (), now_ns=1), ResolvePid)
+
+    effects = made.adopt(table(B, epoch=3), (A,), now_ns=1)
+
+    assert only(effects, ResolvePid).owner == B
+
+
+def test_a_mark_that_does_not_come_back_is_sent_again() -> None:
+    made = deliveries()
+    first = only(made.bounced(HERE, message(1), needs_mark=True, now_ns=0), SendMark)
+
+    again = only(made.tick(now_ns=2 * S), SendMark)
+
+    assert again == first
+
+
+def test_a_bounce_on_the_node_itself_needs_no_mark() -> None:
+    made = deliveries()
+    effects = made.bounced(HERE, message(1), needs_mark=False, now_ns=0)
+
+    assert only(effects, ResolvePid)
+
+
+def test_a_message_that_is_never_there_fails_in_the_end() -> None:
+    made = deliveries()
+    lost = message(1)
+    lost.bounces = BOUNCES_MAX
+
+    effects = made.bounced(HERE, lost, needs_mark=False, now_ns=0)
+
+    assert only(effects, FailMessage).refusal.reason == "NotHere"
+
+
+def test_a_message_not_delivered_by_its_deadline_fails_with_the_last_reason() -> None:
+    made = deliveries()
+    resolve = held(made)
+    made.hold(message(2, deadline=20 * S), now_ns=0)
+    made.refused(resolve.request, Refusal("LockDenied", "busy"), now_ns=0)
+
+    effects = made.tick(now_ns=10 * S)
+
+    failed = only(effects, FailMessage)
+    assert failed.message.number == 1
+    assert failed.refusal == Refusal("LockDenied", "busy")
+    assert only(effects, ResolvePid)
+    assert only(made.tick(now_ns=20 * S), FailMessage).message.number == 2
+    assert made.tick(now_ns=30 * S) == ()
+
+
+def test_a_transient_refusal_is_tried_again_and_a_final_one_told() -> None:
+    made = deliveries()
+    resolve = held(made)
+    assert made.refused(resolve.request, Refusal("Pending", "wait"), now_ns=0) == ()
+    again = only(made.tick(now_ns=S), ResolvePid)
+
+    refusal = Refusal("NoAuthority", "nobody")
+    effects = made.refused(again.request, refusal, now_ns=S)
+
+    assert only(effects, FailMessage).refusal == refusal
+    assert made.refused(again.request, refusal, now_ns=S) == ()
+
+
+def test_a_redirect_of_a_newer_epoch_is_followed_and_an_older_one_not() -> None:
+    made = deliveries()
+    resolve = held(made)
+
+    effects = made.redirected(resolve.request, 2, B, now_ns=0)
+
+    assert NeedTopology(2) in effects
+    followed = only(effects, ResolvePid)
+    assert (followed.owner, followed.epoch) == (B, 2)
+    assert made.redirected(resolve.request, 1, A, now_ns=0) == ()
+    assert only(made.tick(now_ns=S), ResolvePid)
+    assert made.redirected(77, 2, B, now_ns=0) == ()
+
+
+def test_r1_2_a_change_drops_stale_references_and_asks_the_new_owner() -> None:
+    made = deliveries()
+    made.cache.put(HERE, 0)
+
+    effects = made.adopt(table(B, epoch=2), (A,), now_ns=1)
+
+    assert only(effects, Happened).name == "Dropped"
+    assert made.route(CART, 1) is None
+
+    made = deliveries()
+    first = held(made)
+    gone, stays = first.owner, A if first.owner == B else B
+    effects = made.adopt(table(stays, epoch=2), (gone,), now_ns=1)
+    assert only(effects, ResolvePid).owner == stays
+    assert made.adopt(table(stays, epoch=3), (), now_ns=1) == ()
+
+
+def test_without_owners_a_held_message_waits_for_a_newer_topology() -> None:
+    made = deliveries()
+    held(made)
+
+    effects = made.adopt(table(epoch=2), (A, B), now_ns=0)
+
+    assert only(effects, NeedTopology).epoch == 0
+    failed = only(made.tick(now_ns=10 * S), FailMessage)
+    assert failed.refusal == Refusal("NotReady", "no member owns partitions")
+
+
+def test_a_hold_whose_messages_all_failed_is_dropped() -> None:
+    made = deliveries()
+    held(made)
+    assert only(made.tick(now_ns=10 * S), FailMessage)
+    assert not made.is_holding
