@@ -11,13 +11,13 @@ import msgpack
 import msgspec
 
 from messages.frames import FRAMES, VERSION, Envelope, Frame
-from messages.payload import DEPTH_MAX as PAYLOAD_DEPTH_MAX
+from messages.payload import BYTES_MAX, check
+from placement.errors import BadMessage
 from placement.identity import BadIdentity, Identity
 
 FRAME_BYTES_MAX = 4 << 20
-STRING_BYTES_MAX = 1 << 20
+STRING_BYTES_MAX = BYTES_MAX
 ITEMS_MAX = 1 << 17
-DEPTH_MAX = PAYLOAD_DEPTH_MAX + 8
 _INT_MAX = (1 << 63) - 1
 _FIELDS = 6
 
@@ -33,9 +33,12 @@ def _tag_of(frame: type[msgspec.Struct]) -> int:
 
 
 _BY_TAG = {_tag_of(frame): frame for frame in FRAMES}
-_WITH_IDENTITY = frozenset(
-    tag for tag, frame in _BY_TAG.items() if "identity" in frame.__struct_fields__
-)
+_PLAIN_AT = {
+    tag: 1 + frame.__struct_fields__.index(name)
+    for tag, frame in _BY_TAG.items()
+    for name in ("payload", "fields")
+    if name in frame.__struct_fields__
+}
 _IDENTITY_AT = {
     tag: 1 + frame.__struct_fields__.index("identity")
     for tag, frame in _BY_TAG.items()
@@ -98,11 +101,14 @@ class Codec:
                 Identity.parse(body[at])
             except BadIdentity as error:
                 raise BadFrame(f"{name}: {error}") from None
-        for field in body[1:]:
-            if type(field) is int and not 0 <= field <= _INT_MAX:
-                # A payload that is a number of its own is the one exception.
-                if field <= _INT_MAX and field is getattr(frame, "payload", _NOTHING):
-                    continue
+        at = _PLAIN_AT.get(body[0])
+        if at is not None:
+            try:
+                check(body[at])
+            except BadMessage as error:
+                raise BadFrame(f"{name}: {error}") from None
+        for index, field in enumerate(body):
+            if index != at and type(field) is int and not 0 <= field <= _INT_MAX:
                 raise BadFrame(f"{name}: {field} is out of range")
         return Envelope(version, cluster, sender, to, number, frame)
 
@@ -124,9 +130,6 @@ class Codec:
             raise
         except Exception as error:  # noqa: BLE001  msgpack raises many kinds
             raise BadFrame(f"not msgpack: {type(error).__name__}: {error}") from None
-
-
-_NOTHING = object()
 
 
 def _refuse_extension(code: int, data: bytes) -> Any:

@@ -51,10 +51,23 @@ def unpack(data: bytes) -> Any:
         BadMessage: `pack` has not made it.
     """
     try:
-        value = msgpack.unpackb(data, strict_map_key=False)
+        value = msgpack.unpackb(data, strict_map_key=False, ext_hook=_refuse_extension)
     except Exception as error:  # noqa: BLE001  msgpack raises many kinds
         raise BadMessage(f"payload bytes are damaged: {error}") from None
     return copy(value)
+
+
+def check(value: Any) -> None:
+    """Refuse what `copy` would not carry.
+
+    Raises:
+        BadMessage: it cannot be carried; the message names the place.
+    """
+    copy(value)
+
+
+def _refuse_extension(code: int, data: bytes) -> Any:
+    raise BadMessage(f"extension type {code} of {len(data)} bytes")
 
 
 def _copy(value: Any, path: str, depth: int) -> tuple[Any, int]:

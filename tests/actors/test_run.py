@@ -358,23 +358,14 @@ def test_a_run_waits_for_what_a_crash_left_and_goes_on(
 
 def test_an_interrupted_run_stops_cleanly_and_says_so(tmp_path: Path) -> None:
     requests = requests_in(tmp_path / "many.jsonl", 200, 2_000)
+    options = [str(requests), "--json", "--witness", str(tmp_path / "w.jsonl")]
     started = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "from actors.main import main; main()",
-            "run",
-            str(requests),
-            "--json",
-            "--witness",
-            str(tmp_path / "w.jsonl"),
-        ],
+        [sys.executable, "-c", "from actors.main import main; main()", "run", *options],
         cwd=ROOT,
         stdout=subprocess.PIPE,
     )
-    while (
-        not (tmp_path / "w.jsonl").exists() or not (tmp_path / "w.jsonl").stat().st_size
-    ):
+    seen = tmp_path / "w.jsonl"
+    while not seen.exists() or not seen.stat().st_size:
         assert started.poll() is None
     started.send_signal(signal.SIGINT)
     out, _ = started.communicate(timeout=60)

@@ -1,0 +1,339 @@
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from placement.entry import Pid
+from placement.errors import (
+    REASONS,
+    HandlerFailed,
+    NoAuthority,
+    OutcomeUnknown,
+    PlacementError,
+    Refusal,
+    Rejected,
+)
+from placement.event import EventsLost, Happened, PidCacheEvent, event_of
+from placement.identity import NAME_BYTES_MAX, BadIdentity, Identity
+from placement.lease import Guard
+from placement.partition import PartitionTable
+from placement.pidcache import PidCache
+from placement.registry import VirtualActorRegistry
+from placement.rendezvous import RendezvousHasher, partition_of
+from placement.topology import Member, SessionId, Topology, node_of
+from tests.placement.builders import CART, A, B, C, member, table, topology
+
+# --- identity ---
+
+
+def test_an_identity_is_kind_and_name_and_a_text() -> None:
+    identity = Identity.parse("account/a/b c")
+
+    assert (identity.kind, identity.name) == ("account", "a/b c")
+    assert identity == "account/a/b c" == Identity("account", "a/b c")
+    assert Identity.parse(identity) is identity
+    assert copy.copy(identity) == pickle.loads(pickle.dumps(identity)) == identity
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("account", "not of the form kind/name"),
+        ("/a", "kind '' must be"),
+        ("a b/c", "kind 'a b' must be"),
+        ("k" * 65 + "/c", "must be 1 to 64"),
+        ("a/", "the name after kind/ is empty"),
+        ("a/b\n", "contains a control character"),
+        ("a/\x85", "contains a control character"),
+        ("a/\ud800", "is not valid UTF-8"),
+        ("a/" + "é" * 257, "name has 514 bytes, at most 512"),
+        (5, "an identity is a text, not int"),
+    ],
+)
+def test_what_is_no_identity_is_refused_with_the_reason(text: str, said: str) -> None:
+    with pytest.raises(BadIdentity) as caught:
+        Identity.parse(text)
+    assert said in str(caught.value)
+
+
+def test_an_identity_is_made_of_two_texts_within_their_limits() -> None:
+    with pytest.raises(BadIdentity, match="made of two texts"):
+        Identity("a", 5)  # type: ignore[arg-type]
+    assert Identity("k" * 64, "n" * NAME_BYTES_MAX)
+
+
+# --- errors ---
+
+
+class Declared(Rejected):
+    have: int
+    unit: str = "EUR"
+
+
+def test_every_reason_has_its_error_and_comes_back_as_it() -> None:
+    for name, error in REASONS.items():
+        found = Refusal(name, "why").error()
+        assert type(found) is error
+        assert found.message == "why"
+        assert Refusal.of(found) == Refusal(name, "why")
+    assert OutcomeUnknown("x").may_have_happened
+    assert isinstance(OutcomeUnknown("x"), TimeoutError)
+    assert type(Refusal("Unheard", "why").error()) is PlacementError
+    assert PlacementError().message == "PlacementError"
+
+
+def test_a_handlers_failure_keeps_its_type_and_text() -> None:
+    error = HandlerFailed("KeyError", "'a'")
+
+    found = Refusal.of(error).error()
+
+    assert isinstance(found, HandlerFailed)
+    assert (found.type_name, found.text, found.message) == ("KeyError", "'a'", "'a'")
+
+
+def test_a_declared_error_takes_exactly_its_fields() -> None:
+    error = Declared(have=5)
+    assert error.have == 5
+    assert error.unit == "EUR"
+    assert str(error) == "have=5"
+    assert str(Rejected("too little", have=5)) == "too little"
+    assert Declared.field_types() == {"have": int, "unit": str}
+    assert Rejected.find(Declared.declared_name()) is Declared
+    with pytest.raises(TypeError, match=r"unknown fields \['much'\], missing"):
+        Declared(much=1)  # type: ignore[call-arg]
+    assert Rejected("plain", anything=1).fields == {"anything": 1}
+
+
+# --- topology, hashing, partitions ---
+
+
+def test_a_topology_is_sorted_and_known_by_its_epoch() -> None:
+    found = topology(B, A)
+    assert [each.session for each in found.members] == [A, B]
+    assert A in found
+    assert C not in found
+    joined = found.with_member(member(C))
+    assert joined.epoch == found.epoch + 1
+    assert C in joined
+    left = joined.without([A])
+    assert (left.epoch, [m.session for m in left.members]) == (3, [B, C])
+    drained = joined.with_member(member(A, draining=True))
+    assert [m.session for m in drained.owners()] == [B, C]
+    assert member(A).hosts("cart")
+    assert not member(A).hosts("other")
+    assert not member(A, draining=True).hosts("cart")
+    assert node_of(A) == member(A).node == "a"
+    assert member(A).address == "a.1"
+
+
+def sessions(count: int) -> list[SessionId]:
+    return [SessionId(f"n{number}.1#1") for number in range(count)]
+
+
+PLACED = "5=n4.1#1 6=n2.1#1 7=n4.1#1"
+
+
+def placed() -> str:
+    found = PartitionTable.build(topology(*sessions(5)))
+    owners = []
+    for number in (5, 6, 7):
+        owner = found.owner_of(Identity("account", str(number)))
+        assert owner is not None
+        owners.append(f"{number}={owner.session}")
+    return " ".join(owners)
+
+
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_r1_4_the_same_inputs_give_the_same_placement_in_every_process(
+    seed: str,
+) -> None:
+    program = "from tests.placement.test_values import placed; print(placed())"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path.cwd())},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert run.stdout.strip() == placed() == PLACED
+
+
+def test_r1_1_an_identity_has_one_partition_and_that_one_owner() -> None:
+    found = table(A, B, C)
+    for number in range(100):
+        identity = Identity("cart", str(number))
+        partition = found.partition_of(identity)
+        assert partition == partition_of(identity, 16)
+        assert found.owner_of(identity) == found.owners[partition]
+    assert found.epoch == 1
+    assert sum(found.counts().values()) == 16
+
+
+memberships = st.lists(
+    st.sets(st.integers(0, 6)).map(
+        lambda numbers: tuple(SessionId(f"n{number}.1#1") for number in sorted(numbers))
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(memberships, st.sampled_from([1.0, 2.5]))
+def test_r1_4_a_table_updated_step_by_step_is_the_one_computed_anew(
+    steps: list[tuple[SessionId, ...]], weight: float
+) -> None:
+    found = PartitionTable.build(Topology(), 32)
+    for epoch, named in enumerate(steps, start=1):
+        members = tuple(
+            member(each, weight=weight if number == epoch else 1.0)
+            for number, each in enumerate(named)
+        )
+        latest = Topology(epoch=epoch, members=members)
+        found = found.adopt(latest)
+        assert found == PartitionTable.build(latest, 32)
+
+
+@given(memberships)
+def test_r1_2_a_change_moves_only_what_it_must(
+    steps: list[tuple[SessionId, ...]],
+) -> None:
+    before = PartitionTable.build(topology(*steps[0]), 64)
+    named = steps[-1]
+    after = before.adopt(topology(*named, epoch=2))
+    if not before.owners or not after.owners:
+        return
+    for old, new in zip(before.owners, after.owners, strict=True):
+        stayed = old.session in named
+        assert old.session == new.session or not stayed or new.session not in steps[0]
+
+
+def test_partitions_are_shared_by_weight_and_not_with_those_that_drain() -> None:
+    heavy = Topology(
+        members=(member(A, weight=3.0), member(B), member(C, draining=True))
+    )
+    counts = PartitionTable.build(heavy).counts()
+    assert counts[C] == 0
+    assert 2.6 < counts[A] / counts[B] < 3.4
+    with pytest.raises(ValueError, match="at least 1"):
+        PartitionTable.build(heavy, 0)
+
+
+def test_the_host_is_the_owner_or_the_next_that_is_eligible() -> None:
+    found = table(A, B)
+    owner = found.owner_of(CART)
+    assert owner is not None
+    assert found.host_of(CART) == owner
+    other = found.host_of(CART, avoid=frozenset({owner.session}))
+    assert other.session in {A, B} - {owner.session}
+    with pytest.raises(NoAuthority, match="no member that knows kind 'what'"):
+        found.host_of(Identity("what", "1"))
+
+
+def test_rendezvous_ranks_the_chosen_first() -> None:
+    hasher = RendezvousHasher([member(B), member(A), member(C)])
+    assert [each.session for each in hasher.members] == [A, B, C]
+    firsts: Counter[SessionId] = Counter()
+    for number in range(300):
+        key = number.to_bytes(4, "big")
+        chosen = hasher.choose(key)
+        assert chosen is not None
+        assert hasher.ranked(key)[0] == chosen
+        firsts[chosen.session] += 1
+    assert min(firsts.values()) > 60
+    assert RendezvousHasher([]).choose(b"x") is None
+
+
+def test_a_pid_says_where_and_which() -> None:
+    pid = Pid(CART, A, 7)
+    assert (pid.node, pid.address, str(pid)) == ("a", "a.1", "cart/1@a.1#1/7")
+
+
+# --- guard, cache, registry, events ---
+
+
+def test_a_guard_that_has_said_no_is_shut_for_good() -> None:
+    guard = Guard(A, until_ns=10)
+    assert guard.is_open(9)
+    guard.extend(5)
+    assert guard.until_ns == 10
+    guard.extend(20)
+    assert guard.is_open(19)
+    assert not guard.is_open(20)
+    guard.extend(100)
+    assert guard.is_shut
+    assert not guard.is_open(0)
+
+    other = Guard(B, until_ns=10)
+    other.shut()
+    assert not other.is_open(0)
+
+
+def pid(number: int, token: int = 1, session: SessionId = A) -> Pid:
+    return Pid(Identity("cart", str(number)), session, token)
+
+
+def test_the_cache_forgets_by_time_size_token_and_topology() -> None:
+    cache = PidCache(ttl_ns=10, size_max=2)
+    assert cache.get(CART, 0) is None
+    cache.put(pid(1, token=5), 0)
+    cache.put(pid(1, token=4), 0)
+    assert cache.get(CART, 9) == pid(1, token=5)
+    assert cache.get(CART, 10) is None
+    assert len(cache) == 0
+
+    cache.put(pid(1), 0)
+    cache.put(pid(2, session=B), 0)
+    cache.put(pid(3), 0)
+    assert cache.evicted_count == 1
+    assert cache.get(CART, 0) is None
+    assert not cache.remove(pid(3, 9).identity, token=0)
+    assert cache.remove(pid(3).identity, token=1)
+    assert not cache.remove(pid(3).identity)
+    assert cache.adopt(topology(A)) == (pid(2).identity,)
+    cache.put(pid(4), 0)
+    assert cache.forget_sessions([B]) == ()
+    assert cache.forget_sessions([A]) == (pid(4).identity,)
+    with pytest.raises(ValueError, match="above 0"):
+        PidCache(ttl_ns=0, size_max=1)
+
+
+def test_the_registry_finds_idle_activations_and_only_those() -> None:
+    registry: VirtualActorRegistry[str] = VirtualActorRegistry()
+    assert registry.due_ns is None
+    one = registry.add(pid(1), "one", now_ns=0, idle_after_ns=10)
+    registry.add(pid(2), "two", now_ns=0, idle_after_ns=None)
+    registry.add(pid(3), "three", now_ns=0, idle_after_ns=10)
+    assert registry.due_ns == 10
+    one.last_used_ns = 5
+    assert registry.idle(9) == ()
+    assert registry.idle(10) == (pid(3),)
+    assert registry.idle(15) == (pid(1),)
+    assert registry.idle(20) == (pid(3),)
+    assert registry.remove(pid(3, token=9)) is None
+    removed = registry.remove(pid(3))
+    assert removed is not None
+    assert removed.activation == "three"
+    assert registry.idle(100) == (pid(1),)
+    assert [each.pid for each in registry.all()] == [pid(1), pid(2)]
+    assert len(registry) == 2
+    assert registry.find(pid(3).identity) is None
+
+
+def test_r4_5_an_event_bears_its_time_and_says_what_happened() -> None:
+    happened = Happened(
+        kind="cache", name="Dropped", identity=CART, session=A, token=3, reason="gone"
+    )
+    event = event_of(happened, node="n", number=4, at_ms=99, epoch=2)
+    assert isinstance(event, PidCacheEvent)
+    assert str(event) == "99 n #4 epoch 2 Dropped cart/1 at a.1#1 token 3 (gone)"
+    lost = EventsLost(node="n", number=1, at_ms=1, epoch=0, name="EventsLost", count=2)
+    assert str(lost) == "1 n #1 epoch 0 EventsLost"
+    assert isinstance(member(A), Member)
