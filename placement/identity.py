@@ -1,6 +1,7 @@
 """Identities: the names by which virtual actors are addressed."""
 
 import re
+from functools import lru_cache
 from typing import Self
 
 _KIND = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
@@ -48,7 +49,7 @@ class Identity(str):
         return str.__new__(cls, f"{kind}/{name}")
 
     @classmethod
-    def parse(cls, text: str) -> Self:
+    def parse(cls, text: str) -> "Identity":
         """Read `kind/name`; the first `/` divides.
 
         Raises:
@@ -58,10 +59,7 @@ class Identity(str):
             return text
         if not isinstance(text, str):
             raise BadIdentity(f"an identity is a text, not {type(text).__name__}")
-        kind, slash, name = text.partition("/")
-        if not slash:
-            raise BadIdentity(f"identity {text[:80]!r} is not of the form kind/name")
-        return cls(kind, name)
+        return _parse(text)
 
     @property
     def kind(self) -> str:
@@ -76,3 +74,12 @@ class Identity(str):
     def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
         """Copy and unpickle through the checks."""
         return (type(self), (self.kind, self.name))
+
+
+@lru_cache(maxsize=1 << 16)
+def _parse(text: str) -> Identity:
+    # Each frame names its identity as text, and most name one seen before.
+    kind, slash, name = text.partition("/")
+    if not slash:
+        raise BadIdentity(f"identity {text[:80]!r} is not of the form kind/name")
+    return Identity(kind, name)
