@@ -23,6 +23,7 @@ from actors.run import (
     Change,
     Delivery,
     Outcome,
+    calm_collector,
     check_changes,
     kinds_for,
     parse_change,
@@ -177,6 +178,7 @@ def run(
         ]
         read = read_requests(requests)
         ordered = check_changes(changes, names, len(read))
+        calm_collector()
     except ValueError as error:
         raise _wrong(str(error)) from None
     with tempfile.TemporaryDirectory(prefix="placement-") as folder:

@@ -41,7 +41,7 @@ from placement.topology import Member, SessionId, Topology
 _INT_MIN = -(1 << 63)
 _INT_MAX = (1 << 63) - 1
 
-_Request = TypeVar("_Request")
+_Request = TypeVar("_Request", Acquire, Release, Load, Claim, Save, GiveUp)
 _Outcome = TypeVar("_Outcome")
 
 
@@ -116,6 +116,10 @@ class RecordStore(ABC):
     @abstractmethod
     def _call(self, *, writes: bool) -> AbstractContextManager[object]:
         """Have the records for one call: all that it writes is kept, or nothing."""
+
+    def _look_up(self, identities: Sequence[Identity]) -> None:
+        """Have the rows of these at hand, where that is cheaper all at once."""
+        return  # a memory has them at hand
 
     @abstractmethod
     def _row(self, identity: Identity) -> Row:
@@ -363,6 +367,7 @@ class RecordStore(ABC):
         outcomes: list[_Outcome | Failed] = []
         with self._call(writes=writes):
             now_ms = self._now_ms()
+            self._look_up([request.identity for request in requests])
             for request in requests:
                 try:
                     outcomes.append(rule(request, now_ms))

@@ -16,7 +16,7 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -93,6 +93,12 @@ SELECT owner, attempt, fencing_token, version, revision,
        lock_session, lock_procedure, snapshot
 FROM identities WHERE identity = ?
 """
+_READ_ROWS = """
+SELECT identity, owner, attempt, fencing_token, version, revision,
+       lock_session, lock_procedure, snapshot
+FROM identities WHERE identity IN ({})
+"""
+_LOOK_UP_MAX = 500
 _WRITE_ROW = """
 INSERT INTO identities
     (owner, attempt, fencing_token, version, revision,
@@ -475,6 +481,29 @@ class SqliteStore(RecordStore):
         )
 
     # --- records ---
+
+    def _look_up(self, identities: Sequence[Identity]) -> None:
+        # One statement for many: each of them gives up the interpreter's lock,
+        # and among busy threads waits long to have it back.
+        rows = self._work.rows
+        # One that is no UTF-8 is left for its own request to fail by.
+        missing = {
+            str(each): each
+            for each in identities
+            if each not in rows and each.isprintable()
+        }
+        names = list(missing)
+        for start in range(0, len(names), _LOOK_UP_MAX):
+            some = names[start : start + _LOOK_UP_MAX]
+            marks = ",".join("?" * len(some))
+            found = {
+                name: _row_from(values)
+                for name, *values in self._cursor.execute(
+                    _READ_ROWS.format(marks), some
+                )
+            }
+            for name in some:
+                rows[missing[name]] = found.get(name) or Row()
 
     def _row(self, identity: Identity) -> Row:
         rows = self._work.rows

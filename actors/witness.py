@@ -8,11 +8,13 @@ another of the same identity, started later, has begun, is a double.
 import json
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from placement.entry import Pid
+
+_NOTED_MAX = 1_000_000
 
 
 @dataclass(slots=True)
@@ -28,64 +30,97 @@ class Witnessed:
 class ActivationWitness:
     """Counts, over all nodes of a process; to a file too where one is given.
 
-    Called from many threads.
+    Called from many threads: each call appends to one list, in the order of the
+    calls, and what was seen is worked out when somebody asks.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self._lock = threading.Lock()
+        self._noted: deque[tuple[str, Pid | str]] = deque()
         self._seen: dict[str, Witnessed] = {}
         self._file = None if path is None else path.open("a", encoding="utf-8")
-        self.double_count = 0
-        self.activations: Counter[str] = Counter()
-        self.handled_by: Counter[str] = Counter()
+        self._double_count = 0
+        self._activations: Counter[str] = Counter()
+        self._handled_by: Counter[str] = Counter()
 
     def started(self, pid: Pid) -> None:
         """A new activation: a double where another lives."""
-        with self._lock:
-            seen = self._seen.setdefault(pid.identity, Witnessed())
-            if seen.living:
-                self.double_count += 1
-            seen.living[pid] = None
-            seen.activations += 1
-            seen.last = pid
-            self.activations[pid.node] += 1
-            self._write("started", pid)
+        self._note("started", pid)
 
     def handled(self, pid: Pid) -> None:
         """A message handled: a double where a later one has been started."""
-        with self._lock:
-            seen = self._seen.setdefault(pid.identity, Witnessed())
-            if seen.last != pid:
-                self.double_count += 1
-            seen.handled += 1
-            self.handled_by[pid.node] += 1
-            self._write("handled", pid)
+        self._note("handled", pid)
 
     def stopped(self, pid: Pid) -> None:
         """It is over."""
-        with self._lock:
-            seen = self._seen.get(pid.identity)
-            if seen is not None:
-                seen.living.pop(pid, None)
-            self._write("stopped", pid)
+        self._note("stopped", pid)
 
     def killed(self, node: str) -> None:
         """All that lived on `node` is over."""
+        self._noted.append(("killed", node))
+
+    def _note(self, what: str, pid: Pid) -> None:
+        self._noted.append((what, pid))
+        if self._file is not None:
+            self._write(what, pid)
+        if len(self._noted) > _NOTED_MAX:
+            self._work_out()
+
+    def _work_out(self) -> None:
         with self._lock:
-            for seen in self._seen.values():
-                for pid in [each for each in seen.living if each.node == node]:
-                    del seen.living[pid]
-                    self._write("stopped", pid)
+            while self._noted:
+                what, whom = self._noted.popleft()
+                if isinstance(whom, Pid):
+                    self._take_in(what, whom)
+                else:
+                    for seen in self._seen.values():
+                        for pid in [p for p in seen.living if p.node == whom]:
+                            del seen.living[pid]
+
+    def _take_in(self, what: str, pid: Pid) -> None:
+        seen = self._seen.setdefault(pid.identity, Witnessed())
+        match what:
+            case "started":
+                self._double_count += bool(seen.living)
+                seen.living[pid] = None
+                seen.activations += 1
+                seen.last = pid
+                self._activations[pid.node] += 1
+            case "handled":
+                self._double_count += seen.last != pid
+                seen.handled += 1
+                self._handled_by[pid.node] += 1
+            case _:
+                seen.living.pop(pid, None)
 
     def of(self, identity: str) -> Witnessed:
         """What was seen of `identity`."""
-        with self._lock:
-            return self._seen.get(identity, Witnessed())
+        self._work_out()
+        return self._seen.get(identity, Witnessed())
+
+    @property
+    def double_count(self) -> int:
+        """How often an activation did something while a later one had begun."""
+        self._work_out()
+        return self._double_count
+
+    @property
+    def activations(self) -> Counter[str]:
+        """How many activations each node started."""
+        self._work_out()
+        return self._activations
+
+    @property
+    def handled_by(self) -> Counter[str]:
+        """How many messages each node handled."""
+        self._work_out()
+        return self._handled_by
 
     @property
     def identity_count(self) -> int:
         """How many identities were started."""
-        return len(self._seen)
+        self._work_out()
+        return sum(1 for seen in self._seen.values() if seen.activations)
 
     @property
     def activation_count(self) -> int:
@@ -98,8 +133,7 @@ class ActivationWitness:
             self._file.close()
 
     def _write(self, what: str, pid: Pid) -> None:
-        if self._file is None:
-            return
+        assert self._file is not None
         line = {
             "at_ns": time.clock_gettime_ns(
                 getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
@@ -109,5 +143,6 @@ class ActivationWitness:
             "session": pid.session,
             "fencing_token": pid.fencing_token,
         }
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with self._lock:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from actors import Cluster, Grain, PlacementNode
 from actors.requests import read_requests
-from actors.run import Delivery, kinds_for
+from actors.run import Delivery, calm_collector, kinds_for
 from actors.witness import ActivationWitness
 
 ROUNDS = 7
@@ -118,6 +118,7 @@ def messages() -> list[dict[str, Any]]:
 def sample() -> dict[str, Any]:
     """The sample on three nodes over SQLite, as `placement run` delivers it."""
     requests = read_requests(None)
+    calm_collector()
     with (
         tempfile.TemporaryDirectory() as folder,
         Cluster.embedded(
