@@ -20,6 +20,7 @@ from actors.placement_actor import (
     BeginMember,
     Drain,
     EndActivation,
+    EndIdle,
     HasEnded,
     HasFailed,
     HasStarted,
@@ -494,6 +495,22 @@ class PlacementNode(Verbs):
             epoch=self.epoch,
             observed_at_ms=self._engine.clock.wall_ms(),
         )
+
+    def forget(self, pid: Pid) -> bool:
+        """Drop the reference from the cache; false where it was not kept."""
+        return self._outbox.forget(pid)
+
+    def forget_session(self, session: SessionId) -> tuple[Identity, ...]:
+        """Drop the references to a session; which identities they were of."""
+        return self._outbox.forget_session(session)
+
+    def refresh(self) -> None:
+        """Read the members anew, soon."""
+        self._need_topology(0)
+
+    def passivate_idle(self, idle_for: float) -> None:
+        """End the activations here that were not used for `idle_for` seconds."""
+        self._tell_placement(EndIdle(round(idle_for * 1e9)))
 
     @property
     def epoch(self) -> int:

@@ -184,6 +184,11 @@ class Outbox:
         with self.lock:
             return self._deliveries.cache.remove(pid.identity, token=pid.fencing_token)
 
+    def forget_session(self, session: SessionId) -> tuple[Identity, ...]:
+        """Drop the references to it from the cache."""
+        with self.lock:
+            return self._deliveries.cache.forget_sessions([session])
+
     def _dispatch(self, message: Outgoing, now_ns: int) -> None:
         refusal = self._deliveries.refusal()
         pid = None

@@ -120,6 +120,13 @@ class EndActivation:
     fencing_token: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class EndIdle:
+    """Passivate all that were not used for so long."""
+
+    idle_for_ns: int
+
+
 PlacementMessage: TypeAlias = (
     BeginMember
     | BeginClient
@@ -130,6 +137,7 @@ PlacementMessage: TypeAlias = (
     | HasFailed
     | HasEnded
     | EndActivation
+    | EndIdle
     | Arrived
 )
 
@@ -209,6 +217,8 @@ class PlacementActor(DispatchedActor):
                 self._host(self._hosting.start_failed(pid, refusal))
             case EndActivation(identity, token):
                 self._host(self._hosting.passivate(identity, fencing_token=token))
+            case EndIdle(idle_for_ns):
+                self._end_idle(idle_for_ns, now_ns)
             case Arrived(sender, body):
                 self._frame(sender, body, now_ns)
             case NeedNewTopology(epoch):
@@ -294,9 +304,7 @@ class PlacementActor(DispatchedActor):
             )
         self._set_alarm()
 
-    def passivate_idle(self, idle_for_ns: int) -> None:
-        """End all activations that were not used for so long."""
-        now_ns = self.dispatcher.now_ns()
+    def _end_idle(self, idle_for_ns: int, now_ns: int) -> None:
         for each in self._registry.all():
             if now_ns - each.last_used_ns >= idle_for_ns:
                 self._host(

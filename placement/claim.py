@@ -18,6 +18,7 @@ from placement.errors import NoAuthority, Refusal
 from placement.event import Happened
 from placement.identity import Identity
 from placement.partition import PartitionTable
+from placement.retry import RetryPolicy
 from placement.topology import Address, Member, SessionId
 
 FindHere: TypeAlias = Callable[[Identity], Pid | None]
@@ -29,8 +30,8 @@ ChooseHost: TypeAlias = Callable[[Identity, PartitionTable], Member]
 _TRANSIENT = frozenset({"NoAuthority", "NotReady", "Pending", "LockDenied"})
 
 #: A question may soon have another answer; a store or host is only late.
-_ASK_AGAIN_NS = 20_000_000
-_AGAIN_LARGEST_NS = 500_000_000
+_ASK_AGAIN = RetryPolicy(first_ns=20_000_000, largest_ns=500_000_000)
+_SEND_AGAIN = RetryPolicy(first_ns=500_000_000, largest_ns=500_000_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +168,7 @@ class _Procedure:
     holder: Acquisition | None = None
     may_hold: bool = False
     due_ns: int = 0
-    pause_ns: int = _ASK_AGAIN_NS
+    asked: int = 0
     why: str = "the claim is under way"
 
     def latest_ns(self) -> int:
@@ -516,11 +517,13 @@ class Claims:
         """Have it looked at again after its pause, and at its first deadline."""
         first = min(procedure.waiters.values())
         if procedure.phase in {"acquiring", "starting"}:
-            pause_ns = _AGAIN_LARGEST_NS
+            policy = _SEND_AGAIN
         else:
-            pause_ns = procedure.pause_ns
-            procedure.pause_ns = min(2 * pause_ns, _AGAIN_LARGEST_NS)
-        procedure.due_ns = max(now_ns + 1, min(now_ns + pause_ns, first))
+            policy = _ASK_AGAIN
+            procedure.asked += 1
+        procedure.due_ns = policy.next_ns(
+            max(1, procedure.asked), now_ns=now_ns, deadline_ns=first
+        )
         heapq.heappush(
             self._due,
             (procedure.due_ns, procedure.acquisition.procedure, procedure.identity),

@@ -23,6 +23,7 @@ from placement.event import Happened
 from placement.identity import Identity
 from placement.partition import PartitionTable
 from placement.pidcache import PidCache
+from placement.retry import RetryPolicy
 from placement.topology import SessionId
 
 BOUNCES_MAX = 16
@@ -30,8 +31,7 @@ BOUNCES_MAX = 16
 #: Refusals after which a later resolution may go better.
 _TRANSIENT = frozenset({"NotReady", "Pending", "LockDenied", "NotHere"})
 
-_AGAIN_FIRST_NS = 5_000_000
-_AGAIN_LARGEST_NS = 500_000_000
+_AGAIN = RetryPolicy(first_ns=5_000_000, largest_ns=500_000_000)
 _UNANSWERED_NS = 1_000_000_000
 
 
@@ -110,7 +110,7 @@ class _Hold:
     marked: Pid | None = None
     owner: SessionId | None = None
     due_ns: int = 0
-    pause_ns: int = _AGAIN_FIRST_NS
+    tried: int = 0
     refusal: Refusal = _NOT_IN_TIME
 
     def messages(self) -> tuple[Outgoing, ...]:
@@ -224,7 +224,7 @@ class Deliveries:
             return ()
         hold = self._new_hold(pid.identity)
         hold.bounced.append(message)
-        hold.pause_ns = min(_AGAIN_FIRST_NS << (message.bounces - 1), _AGAIN_LARGEST_NS)
+        hold.tried = message.bounces - 1
         if not needs_mark:
             return self._resolve(hold, now_ns)
         hold.marked = pid
@@ -328,8 +328,8 @@ class Deliveries:
         hold.due_ns = min(at_ns, first)
 
     def _pause(self, hold: _Hold, now_ns: int) -> None:
-        self._until(hold, now_ns + hold.pause_ns)
-        hold.pause_ns = min(2 * hold.pause_ns, _AGAIN_LARGEST_NS)
+        hold.tried += 1
+        self._until(hold, now_ns + _AGAIN.pause_ns(hold.tried))
 
     def _mark(self, hold: _Hold, now_ns: int) -> tuple[DeliveryEffect, ...]:
         assert hold.marked is not None

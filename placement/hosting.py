@@ -21,10 +21,10 @@ from placement.entry import Acquisition, ActivationRecord, Pid
 from placement.errors import Refusal
 from placement.event import Happened
 from placement.identity import Identity
+from placement.retry import RetryPolicy
 from placement.topology import Address, SessionId, address_of
 
-_AGAIN_FIRST_NS = 50_000_000
-_AGAIN_LARGEST_NS = 1_000_000_000
+_AGAIN = RetryPolicy(first_ns=50_000_000, largest_ns=1_000_000_000)
 
 
 # --- effects -----------------------------------------------------------------
@@ -130,7 +130,7 @@ class _Hosted:
     ends_lapsed: bool = False
     why_failed: Refusal | None = None
     due_ns: int = 0
-    pause_ns: int = _AGAIN_FIRST_NS
+    tried: int = 0
 
 
 class Hosting:
@@ -498,8 +498,8 @@ class Hosting:
         return hosted if hosted is not None and hosted.pid == pid else None
 
     def _try_again(self, hosted: _Hosted, now_ns: int) -> None:
-        hosted.due_ns = now_ns + hosted.pause_ns
-        hosted.pause_ns = min(2 * hosted.pause_ns, _AGAIN_LARGEST_NS)
+        hosted.tried += 1
+        hosted.due_ns = now_ns + _AGAIN.pause_ns(hosted.tried)
         self._again[hosted.identity] = hosted
 
     def _give_up(
