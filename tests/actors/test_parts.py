@@ -1,0 +1,419 @@
+import io
+import logging
+import threading
+from typing import Any
+
+import pykka
+import pytest
+
+from actors.clock import SystemClock
+from actors.dispatch import Alarm, DispatchedActor, ThreadDispatcher
+from actors.event_stream import WAITING_MAX, EventStream
+from actors.log import log, to_stderr
+from actors.lookup import PartitionIdentityLookup, PartitionIdentityLookupConfig
+from actors.node import PlacementNode
+from actors.postbox import Postbox
+from actors.store_actor import Perform, StoreActor
+from actors.store_memory import MemoryStore
+from actors.transport import InProcessTransport
+from actors.witness import ActivationWitness
+from messages.codec import Codec
+from messages.frames import LoopBack
+from placement.contracts import (
+    Acquire,
+    Acquired,
+    Failed,
+    Save,
+    Saved,
+    StoreFailure,
+)
+from placement.entry import Acquisition, Pid
+from placement.errors import NoAuthority
+from placement.event import EventsLost, Happened
+from placement.identity import Identity
+from placement.session import ReadSessions, StoreTrouble
+from placement.topology import Address, SessionId
+from tests.actors.actors_under_test import Echo
+from tests.actors.test_cluster import FAST, eventually
+
+CLOCK = SystemClock()
+
+
+# --- dispatchers ---
+
+
+def test_turns_run_in_order_and_one_that_raises_harms_no_other() -> None:
+    seen: list[Any] = []
+    bugs: list[BaseException] = []
+    dispatcher = ThreadDispatcher("t", CLOCK, on_bug=bugs.append)
+    for number in range(5):
+        dispatcher.post(seen.append, number)
+        dispatcher.post(int, "x")
+    dispatcher.post(lambda: seen.append(dispatcher.is_current()))
+    assert dispatcher.stop(5)
+    assert seen == [0, 1, 2, 3, 4, True]
+    assert len(bugs) == dispatcher.bug_count == 5
+    assert dispatcher.stop(5)
+    assert not dispatcher.is_current()
+
+
+def test_timers_run_by_their_time_and_can_be_cancelled() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    seen: list[int] = []
+    done = threading.Event()
+    now = dispatcher.now_ns()
+    dispatcher.call_at(now + 30_000_000, done.set)
+    dispatcher.call_at(now + 20_000_000, seen.append, 2)
+    dispatcher.call_at(now + 10_000_000, seen.append, 1)
+    dispatcher.call_at(now + 10_000_000, seen.append, 9).cancel()
+    assert done.wait(5)
+    assert seen == [1, 2]
+    dispatcher.post(lambda: dispatcher.stop(5))
+    eventually(lambda: not dispatcher._thread.is_alive())
+
+
+def test_a_killed_dispatcher_runs_nothing_that_waits() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    inside, gate = threading.Event(), threading.Event()
+    seen: list[int] = []
+
+    def turn() -> None:
+        inside.set()
+        gate.wait(5)
+
+    dispatcher.post(turn)
+    inside.wait(5)
+    assert dispatcher.busy_since_ns > 0
+    dispatcher.post(seen.append, 1)
+    dispatcher.kill()
+    assert not dispatcher.stop(0.01)
+    gate.set()
+    assert dispatcher.stop(5)
+    assert seen == []
+
+
+def test_an_alarm_rings_at_the_earliest_wish() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    rung: list[int] = []
+    done = threading.Event()
+
+    def ring() -> None:
+        rung.append(dispatcher.now_ns())
+        done.set()
+
+    alarm = Alarm(dispatcher, ring)
+    now = dispatcher.now_ns()
+    alarm.set(None)
+    alarm.set(now + 60_000_000_000)
+    alarm.set(now + 1_000_000)
+    alarm.set(now + 30_000_000_000)
+    assert done.wait(5)
+    dispatcher.stop(5)
+    assert len(rung) == 1
+
+
+class Adder(DispatchedActor):
+    def __init__(self, dispatcher: Any) -> None:
+        super().__init__(dispatcher=dispatcher)
+        self.total = 0
+        self.seen: list[str] = []
+
+    def on_start(self) -> None:
+        self.seen.append("start")
+
+    def on_stop(self) -> None:
+        self.seen.append("stop")
+
+    def on_receive(self, message: Any) -> Any:
+        self.total += message
+        return self.total
+
+
+def test_a_dispatched_actor_is_a_pykka_actor() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    ref = Adder.start(dispatcher)
+    for number in range(1_000):
+        ref.tell(number)
+    assert ref.ask(0) == 499_500
+    with pytest.raises(TypeError):
+        ref.ask("x")
+    assert ref.is_alive()
+    ref.stop()
+    assert not ref.is_alive()
+    with pytest.raises(pykka.ActorDeadError):
+        ref.tell(1)
+    dispatcher.stop(5)
+    assert not pykka.ActorRegistry.get_by_class(Adder)
+
+
+def test_an_actor_that_raises_when_told_stops_and_says_so() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    gate = threading.Event()
+    dispatcher.post(gate.wait, 5)
+    actor = Adder(dispatcher)
+    bugs: list[BaseException] = []
+    actor.on_bug(bugs.append)
+    pykka.ActorRegistry.register(actor.actor_ref)
+    actor._start_actor_loop()
+    actor.actor_ref.tell("x")
+    waiting = actor.actor_ref.ask(1, block=False)
+    gate.set()
+    with pytest.raises(pykka.ActorDeadError):
+        waiting.get(timeout=5)
+    dispatcher.stop(5)
+    assert len(bugs) == 1
+    assert actor.seen == ["start", "stop"]
+
+
+# --- the store actor ---
+
+
+class Fragile(MemoryStore):
+    """Fails as it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.saves: list[int] = []
+        self.fails: list[Any] = []
+
+    def save(self, requests: Any, /) -> Any:
+        self.saves.append(len(requests))
+        if self.fails:
+            raise self.fails.pop(0)
+        return super().save(requests)
+
+    def read_sessions(self) -> Any:
+        raise StoreFailure("locked")
+
+
+def perform(store: Fragile, requests: list[Any]) -> list[Any]:
+    """Have all requests wait together, then let the actor perform them."""
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    gate, done = threading.Event(), threading.Event()
+    outcomes: list[Any] = []
+
+    def reply(_: Any, outcome: Any) -> None:
+        outcomes.append(outcome)
+        if len(outcomes) == len(requests):
+            done.set()
+
+    dispatcher.post(gate.wait, 5)
+    ref = StoreActor.start(store, dispatcher=dispatcher)
+    for request in requests:
+        ref.tell(Perform(request, reply, dispatcher))
+    gate.set()
+    assert done.wait(5)
+    ref.stop()
+    dispatcher.stop(5)
+    return outcomes
+
+
+ONE, TWO = Identity("a", "1"), Identity("a", "2")
+
+
+def test_saves_that_follow_each_other_are_one_write() -> None:
+    store = Fragile()
+
+    outcomes = perform(store, [Save(ONE, 1, v, b"x") for v in (1, 2, 3)])
+
+    assert store.saves == [1]
+    assert len(outcomes) == 3
+
+
+def test_one_broken_request_fails_alone() -> None:
+    store = Fragile()
+    certain = StoreFailure("too large", may_have_happened=False)
+    store.fails = [certain, certain]
+
+    outcomes = perform(store, [Save(ONE, 1, 1, b"x"), Save(TWO, 1, 1, b"x")])
+
+    assert sorted(type(each).__name__ for each in outcomes) == ["Failed", "Stale"]
+
+
+def test_a_commit_whose_answer_is_lost_may_have_happened_for_all() -> None:
+    store = Fragile()
+    store.fails = [StoreFailure("gone")]
+
+    outcomes = perform(store, [Save(ONE, 1, 1, b"x"), Save(TWO, 1, 1, b"x")])
+
+    assert outcomes == [Failed("gone", may_have_happened=True)] * 2
+
+
+def test_an_order_of_one_identity_is_kept_and_sessions_fail_as_trouble() -> None:
+    lock = Acquisition(SessionId("s.1#1"), 1)
+    outcomes = perform(Fragile(), [Acquire(ONE, lock), Acquire(ONE, lock)])
+    assert all(isinstance(each, Acquired | Failed) for each in outcomes)
+    assert perform(Fragile(), [ReadSessions()]) == [StoreTrouble("locked")]
+    assert not isinstance(outcomes[0], Saved)
+
+
+# --- transport and postbox ---
+
+
+def test_a_transport_tells_who_is_gone_and_not_who_was_killed() -> None:
+    transport = InProcessTransport()
+    seen: list[bytes] = []
+    a = Address("a.1")
+    assert not transport.send(a, b"0")
+    transport.attach(a, seen.append)
+    assert transport.send(a, b"1")
+    transport.kill(a)
+    assert transport.send(a, b"2")
+    transport.detach(a)
+    assert not transport.send(a, b"3")
+    assert seen == [b"1"]
+
+
+def test_a_postbox_drops_what_comes_twice_and_refuses_what_is_no_frame() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    transport = InProcessTransport()
+    handled: list[Any] = []
+    happened: list[Happened] = []
+    box = Postbox(
+        cluster="default",
+        address=Address("b.1"),
+        transport=transport,
+        dispatcher=dispatcher,
+        handle=lambda sender, body: handled.append((sender, body)),
+        publish=happened.append,
+    )
+    assert not box.send(Address("a.1"), LoopBack(1))
+    box.open()
+    codec = Codec("default")
+    frame = codec.encode("a.1", "b.1", 1, LoopBack(7))
+    for data in (frame, frame, b"junk"):
+        transport.send(Address("b.1"), data)
+    box.send(Address("b.1"), LoopBack(8))
+    box.leave(5)
+    assert handled == [("a.1", LoopBack(7)), ("b.1", LoopBack(8))]
+    assert [each.name for each in happened] == ["FrameRefused"]
+    box.close()
+    box._arrived(frame)
+    box._handle_own(LoopBack(9))
+    assert len(handled) == 2
+    dispatcher.stop(5)
+
+
+# --- events ---
+
+
+def test_a_slow_subscriber_loses_the_oldest_and_hears_how_many() -> None:
+    stream = EventStream("n", CLOCK.wall_ms)
+    inside, gate = threading.Event(), threading.Event()
+    seen: list[Any] = []
+
+    def slow(event: Any) -> None:
+        inside.set()
+        gate.wait(20)
+        seen.append(event)
+
+    subscription = stream.subscribe(slow)
+    stream.publish(Happened(kind="placement", name="first"), 1)
+    inside.wait(5)
+    for _ in range(WAITING_MAX + 5):
+        stream.publish(Happened(kind="actor", name="more"), 1)
+    gate.set()
+    eventually(lambda: len(seen) == WAITING_MAX + 2)
+    assert isinstance(seen[1], EventsLost)
+    assert seen[1].count == 5
+    assert seen[2].number == 7
+    subscription.cancel()
+    stream.publish(Happened(kind="actor", name="after"), 1)
+    assert stream.counts["after"] == 1
+    assert len(seen) == WAITING_MAX + 2
+
+
+def test_a_subscriber_may_cancel_itself_and_one_that_hangs_is_left() -> None:
+    stream = EventStream("n", CLOCK.wall_ms)
+    gate, cancelled = threading.Event(), threading.Event()
+
+    def ends(_: Any) -> None:
+        own.cancel()
+        cancelled.set()
+
+    own = stream.subscribe(ends)
+    stream.publish(Happened(kind="actor", name="x"), 1)
+    assert cancelled.wait(5)
+    hanging = stream.subscribe(lambda _: gate.wait(20))
+    stream.publish(Happened(kind="actor", name="y"), 1)
+    hanging.cancel(timeout_s=0.05)
+    own.put(None)  # type: ignore[arg-type]
+    gate.set()
+    stream.close()
+
+
+# --- the rest ---
+
+
+def test_r3_6_a_lookup_offers_the_contract_over_a_node() -> None:
+    with PlacementNode("n", kinds={"echo": Echo}, **FAST) as node:
+        lookup = PartitionIdentityLookup(node)
+        lookup.setup_member()
+        identity = Identity("echo", "1")
+        found = lookup.resolve(identity)
+        assert found.locality == "local"
+        assert lookup.remove_pid(found.pid)
+        assert not lookup.remove_pid(found.pid)
+        lookup.resolve(identity)
+        assert lookup.on_member_left(found.owner) == (identity,)
+        lookup.update_topology()
+        lookup.passivate_idle(100)
+        assert node.ref("echo/1").ask(1) == 1
+        lookup.passivate_idle(0)
+        eventually(lambda: not node.snapshot().activations)
+        assert lookup.node is node
+
+
+def test_a_lookup_of_its_own_may_be_a_client() -> None:
+    lookup = PartitionIdentityLookup.of(PartitionIdentityLookupConfig(name="c"))
+    lookup.setup_client()
+    assert lookup.node.state == "client"
+    lookup.node.stop()
+
+    lookup = PartitionIdentityLookup.of(PartitionIdentityLookupConfig(name="m"))
+    lookup.setup_member()
+    with pytest.raises(NoAuthority):
+        lookup.resolve(Identity("echo", "1"))
+    lookup.node.stop()
+
+
+def test_the_witness_counts_what_overlaps_and_only_that() -> None:
+    witness = ActivationWitness()
+    old = Pid(ONE, SessionId("a.1#1"), 1)
+    new = Pid(ONE, SessionId("b.1#1"), 2)
+    witness.started(old)
+    witness.handled(old)
+    witness.stopped(old)
+    witness.started(new)
+    witness.handled(new)
+    assert witness.double_count == 0
+    witness.handled(old)
+    assert witness.double_count == 1
+    witness.started(old)
+    assert witness.double_count == 2
+    witness.killed("a")
+    witness.killed("b")
+    witness.started(new)
+    assert witness.double_count == 2
+    assert witness.activations == {"a": 2, "b": 2}
+    assert witness.handled_by == {"a": 2, "b": 1}
+    assert (witness.identity_count, witness.of("none/1").activations) == (1, 0)
+
+
+def test_logs_are_quiet_until_they_are_configured(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    log.error("nobody hears", a=1)
+    assert capfd.readouterr() == ("", "")
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    try:
+        to_stderr(logging.WARNING)
+        stream = io.StringIO()
+        handler: Any = root.handlers[0]
+        handler.setStream(stream)
+        log.error("somebody hears", a=1)
+        assert "event='somebody hears' a=1" in stream.getvalue()
+    finally:
+        root.handlers[:] = before
+        root.setLevel(level)
