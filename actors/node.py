@@ -296,6 +296,7 @@ class PlacementNode(Verbs):
         self._session: SessionId | None = None
         self._table: PartitionTable | None = None
         self._has_left = False
+        self._stuck_since_ns = 0
         self._why_not = "the node has not started"
         clock = self._engine.clock
         self.events = EventStream(name, clock.wall_ms)
@@ -530,15 +531,8 @@ class PlacementNode(Verbs):
     def snapshot(self) -> Snapshot:
         """What this node knows now. Immutable."""
         table = self._table
-        busy_ns = self._grains.busy_since_ns
-        now_ns = self._engine.clock.now_ns()
-        current = running_on(self._host)
+        stuck, _ = self._stuck()
         counts = {} if table is None else table.counts()
-        is_stuck = (
-            busy_ns
-            and current is not None
-            and now_ns - busy_ns > self.settings.margin_s * 1e9
-        )
         return Snapshot(
             node=self.name,
             state=self._state,
@@ -553,9 +547,18 @@ class PlacementNode(Verbs):
                 )
                 for each in self._registry.all()
             ),
-            stuck=(current,) if is_stuck and current is not None else (),
+            stuck=() if stuck is None else (stuck.identity,),
             observed_at_ms=self._engine.clock.wall_ms(),
         )
+
+    def _stuck(self) -> tuple[Pid | None, int]:
+        """Whose turn has not come back for longer than the margin, and since when."""
+        busy_ns, current = self._grains.busy_since_ns, self._host.current
+        if not busy_ns or current is None:
+            return None, 0
+        if self._engine.clock.now_ns() - busy_ns <= self.settings.margin_s * 1e9:
+            return None, 0
+        return current.pid, busy_ns
 
     def _kind_of(self, actor_class: type) -> str:
         return kind_among(
@@ -705,14 +708,24 @@ class PlacementNode(Verbs):
             TopologyChanged(self._session, table, closed, self._why_not),
         )
 
+    def look_at_turns(self) -> None:
+        """Say once of each turn that it does not come back."""
+        pid, since_ns = self._stuck()
+        if pid is not None and since_ns != self._stuck_since_ns:
+            self._stuck_since_ns = since_ns
+            self._publish(
+                Happened(
+                    kind="actor",
+                    name="Stuck",
+                    identity=pid.identity,
+                    session=pid.session,
+                    token=pid.fencing_token,
+                    reason="its turn has not come back for longer than the margin",
+                )
+            )
+
     def session_ended(self) -> None:
         """The node has left in good order."""
         with self._changed:
             self._has_left = True
             self._changed.notify_all()
-
-
-def running_on(host: Any) -> Identity | None:
-    """Whose turn it is on that host's dispatcher."""
-    current = getattr(host, "current", None)
-    return None if current is None else current.pid.identity

@@ -161,6 +161,9 @@ class Surroundings(Protocol):
     def session_ended(self) -> None:
         """The node has left in good order."""
 
+    def look_at_turns(self) -> None:
+        """Say so where a turn of a Grain does not come back. Called now and then."""
+
 
 class PlacementActor(DispatchedActor):
     """Carries inputs to the session and hosting machines, and performs effects."""
@@ -296,6 +299,7 @@ class PlacementActor(DispatchedActor):
         if self._is_dead():
             return
         now_ns = self.dispatcher.now_ns()
+        self._node.look_at_turns()
         self._keep(self._machine.tick(now_ns))
         self._host(self._hosting.tick(now_ns=now_ns))
         for pid in self._registry.idle(now_ns):

@@ -489,6 +489,30 @@ def test_awaiting_an_answer_never_blocks_the_event_loop(cluster: Cluster) -> Non
     assert sorted(gaps)[int(len(gaps) * 0.95)] < 0.02
 
 
+def test_the_event_loop_ticks_on_while_an_answer_is_waited_for(
+    cluster: Cluster,
+) -> None:
+    GATES["ticks"] = threading.Event()
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while ticks < 100:
+            await asyncio.sleep(0.001)
+            ticks += 1
+        # Only ticks open the gate: were the loop blocked, none would come.
+        GATES["ticks"].set()
+
+    async def main() -> Any:
+        ticking = asyncio.create_task(tick())
+        answer = await cluster.ref("blocked/t").ask_async("ticks")
+        await ticking
+        return answer
+
+    assert asyncio.run(main()) == "back"
+    assert ticks == 100
+
+
 def test_a_cluster_is_an_async_context_too() -> None:
     async def main() -> Any:
         async with Cluster.embedded(nodes=1, kinds=KINDS, **FAST) as cluster:
@@ -525,6 +549,8 @@ def test_a_full_inbox_refuses_and_a_stuck_grain_is_named(cluster: Cluster) -> No
     with pytest.raises(Overloaded, match="its inbox is full"):
         futures[-1].get(timeout=5)
     eventually(lambda: cluster.snapshot().stuck == ("blocked/1",))
+    node = cluster.node(cluster.resolve("blocked/1").pid.node)
+    eventually(lambda: node.events.counts["Stuck"] == 1)
     GATES["g"].set()
     assert futures[0].get(timeout=5) == "back"
 
