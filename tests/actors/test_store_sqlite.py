@@ -648,9 +648,12 @@ def test_r3_1_of_several_processes_exactly_one_claims_each_identity(
     won = [line.split() for lines in said for line in lines]
     assert sorted(int(number) for number, _ in won) == list(range(100))
     assert len({token for _, token in won}) == 100
-    assert list(digest(path.parent)) == ["store.db"]
+    # Of connections that close at the same moment none may be the last one, and
+    # the log then stays for whoever opens the file next.
+    assert not set(digest(path.parent)) - {"store.db", "store.db-shm", "store.db-wal"}
     with opened(path) as store:
         owners = [load(store, Identity("race", str(n))).owner for n in range(100)]
+    assert list(digest(path.parent)) == ["store.db"]
     for session, lines in zip(sessions, said, strict=True):
         assert all(owners[int(line.split()[0])] == session for line in lines)
 
