@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
-from actors.engine import EmbeddedEngine, Settings
-from actors.event_stream import EventStream, Subscription
+from actors.engine import EmbeddedEngine, Engine, Settings
+from actors.event_stream import EventStream, StartReader, Subscription
 from actors.kind import Kind
 from actors.node import STOP_S, PlacementNode, Snapshot, Witness
 from actors.reference import Verbs
@@ -41,14 +41,15 @@ class ClusterSnapshot:
 class ClusterEvents:
     """The events of all nodes, of those that join later too."""
 
-    def __init__(self) -> None:
+    def __init__(self, start_reader: StartReader) -> None:
+        self._start_reader = start_reader
         self._streams: list[EventStream] = []
         self._subscriptions: list[Subscription] = []
         self._lock = threading.Lock()
 
     def subscribe(self, subscriber: Callable[[Event], Any]) -> Subscription:
         """Have `subscriber` called with each event, in each node's order."""
-        subscription = Subscription(subscriber, self._remove)
+        subscription = Subscription(subscriber, self._remove, self._start_reader)
         with self._lock:
             self._subscriptions.append(subscription)
             for stream in self._streams:
@@ -76,7 +77,7 @@ class ClusterEvents:
 
 
 class Cluster(Verbs):
-    """Nodes in this process, made by `Cluster.embedded`, and their entry.
+    """Nodes in this process, made by `embedded` or `simulated`, and their entry.
 
     The entry is a client: it resolves and sends, and hosts nothing. All verbs
     are for any thread.
@@ -84,7 +85,7 @@ class Cluster(Verbs):
 
     def __init__(
         self,
-        engine: EmbeddedEngine,
+        engine: Engine,
         settings: Settings,
         kinds: Mapping[str, Kind],
         witness: Witness | None,
@@ -96,7 +97,7 @@ class Cluster(Verbs):
         self._lock = threading.RLock()
         self._nodes: dict[str, PlacementNode] = {}
         self._is_stopped = False
-        self.events = ClusterEvents()
+        self.events = ClusterEvents(engine.start_reader)
         self._entry = PlacementNode(
             _ENTRY, kinds=kinds, engine=engine, settings=settings
         )
@@ -123,19 +124,9 @@ class Cluster(Verbs):
             StoreInUse: another process has sessions in the store.
             StoreFailure: the store cannot be opened.
         """
-        names = (
-            [f"node-{number}" for number in range(1, nodes + 1)]
-            if isinstance(nodes, int)
-            else list(nodes)
-        )
-        if not names:
-            raise ValueError("a cluster has at least one node")
-        if len(set(names)) != len(names) or _ENTRY in names:
-            raise ValueError(f"node names must differ, and none is {_ENTRY!r}")
+        names = names_of(nodes)
         checked = Settings(**settings)
-        by_name = {kind: Kind.of(each) for kind, each in kinds.items()}
-        for each in by_name.values():
-            each.check(checked.margin_s)
+        by_name = check_kinds(kinds, checked)
         engine = EmbeddedEngine(store, partitions=checked.partitions)
         try:
             _take_over(engine)
@@ -143,15 +134,18 @@ class Cluster(Verbs):
         except BaseException:
             engine.close()
             raise
+        cluster._start(names)
+        return cluster
+
+    def _start(self, names: Iterable[str]) -> None:
         try:
             for name in names:
-                cluster.add_node(name)
-            cluster._entry.start_client()
-            cluster._settle()
+                self.add_node(name)
+            self._entry.start_client()
+            self._settle()
         except BaseException:
-            cluster.stop()
+            self.stop()
             raise
-        return cluster
 
     def __enter__(self) -> Self:
         return self
@@ -168,6 +162,10 @@ class Cluster(Verbs):
         await asyncio.get_running_loop().run_in_executor(None, self.stop)
 
     # --- topology ---
+
+    def _engine_for(self, name: str) -> Engine:
+        """What the node `name` is to run on: here all on one."""
+        return self._engine
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -198,7 +196,7 @@ class Cluster(Verbs):
             node = PlacementNode(
                 name,
                 kinds=self._kinds,
-                engine=self._engine,
+                engine=self._engine_for(name),
                 settings=self._settings,
                 weight=weight,
                 witness=self._witness,
@@ -298,6 +296,37 @@ class Cluster(Verbs):
 
     def _class_of(self, kind: str) -> type | None:
         return self._entry._class_of(kind)  # noqa: SLF001
+
+
+def names_of(nodes: int | Iterable[str]) -> list[str]:
+    """The names of nodes: as given, or node-1 and so on.
+
+    Raises:
+        ValueError: there is none, or they cannot be.
+    """
+    if isinstance(nodes, int):
+        names = [f"node-{number}" for number in range(1, nodes + 1)]
+    else:
+        names = list(nodes)
+    if not names:
+        raise ValueError("a cluster has at least one node")
+    if len(set(names)) != len(names) or _ENTRY in names:
+        raise ValueError(f"node names must differ, and none is {_ENTRY!r}")
+    return names
+
+
+def check_kinds(
+    kinds: Mapping[str, Kind | type], settings: Settings
+) -> dict[str, Kind]:
+    """The kinds, each fit for `settings`.
+
+    Raises:
+        BadKind: one is not.
+    """
+    by_name = {kind: Kind.of(each) for kind, each in kinds.items()}
+    for each in by_name.values():
+        each.check(settings.margin_s)
+    return by_name
 
 
 def _knows(knower: PlacementNode, node: PlacementNode) -> bool:

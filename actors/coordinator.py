@@ -84,8 +84,9 @@ class PartitionCoordinator(DispatchedActor):
         need_topology: Callable[[int], None],
         publish: Callable[[Happened], None],
         is_dead: Callable[[], bool],
+        on_bug: Callable[[BaseException], None],
     ) -> None:
-        super().__init__(dispatcher=dispatcher)
+        super().__init__(dispatcher=dispatcher, on_bug=on_bug)
         self._claims = Claims(choose_host=choose_host, find_here=find_here)
         self._entries = entries
         self._send = send

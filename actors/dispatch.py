@@ -190,14 +190,15 @@ class DispatchedActor(pykka.Actor):
 
     batch_max: ClassVar[int] = 256
 
-    def __init__(self, *, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self,
+        *,
+        dispatcher: Dispatcher,
+        on_bug: Callable[[BaseException], None] | None = None,
+    ) -> None:
         super().__init__()
         self.dispatcher = dispatcher
-        self._bug: Callable[[BaseException], None] | None = None
-
-    def on_bug(self, told: Callable[[BaseException], None]) -> None:
-        """Have the owner told of an exception that stops this actor."""
-        self._bug = told
+        self._on_bug = on_bug
 
     @staticmethod
     def _create_actor_inbox() -> Any:
@@ -239,8 +240,8 @@ class DispatchedActor(pykka.Actor):
                     continue
                 log.exception("an actor raised", actor=type(self).__name__)
                 self._stop()
-                if self._bug is not None:
-                    self._bug(error)
+                if self._on_bug is not None:
+                    self._on_bug(error)
             else:
                 if envelope.reply_to is not None:
                     envelope.reply_to.set(answer)

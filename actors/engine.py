@@ -2,17 +2,21 @@
 
 import math
 import secrets
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import pykka
 
 from actors.clock import Clock, SystemClock
-from actors.dispatch import ThreadDispatcher
+from actors.dispatch import Dispatcher, ThreadDispatcher
+from actors.event_stream import StartReader, start_thread_reader
+from actors.future import Future
 from actors.store_actor import StoreActor, Turnstile
 from actors.store_url import open_store
-from actors.transport import InProcessTransport
+from actors.transport import InProcessTransport, Transport
 from placement.contracts import Store
 from placement.partition import PARTITIONS_DEFAULT, PartitionTable
 from placement.topology import Address, Topology
@@ -67,6 +71,72 @@ class Settings:
         return self.ttl / 5 if self.margin is None else self.margin
 
 
+class GrainDispatcher(Dispatcher, Protocol):
+    """A dispatcher of Grains, of which one sees where a turn does not come back."""
+
+    busy_since_ns: int
+    """When the turn under way began, 0 between turns."""
+
+    def stop(self, timeout_s: float) -> bool:
+        """Run what has been posted, then end; false: it is still busy."""
+
+    def kill(self) -> None:
+        """End after the turn under way, and run nothing else."""
+
+
+class Condition(Protocol):
+    """Facts that change, and whoever waits for one; as `threading.Condition`."""
+
+    def __enter__(self) -> Any:
+        """Change a fact from now on."""
+
+    def __exit__(self, *exc_info: object) -> Any:
+        """It has been changed."""
+
+    def notify_all(self) -> None:
+        """Have those who wait look again."""
+
+    def wait_for(self, predicate: Callable[[], bool], timeout: float | None) -> bool:
+        """Wait until `predicate` holds, at most `timeout` seconds."""
+
+
+class Engine(Protocol):
+    """What a node runs on: time, turns, store, wire, and how its callers wait.
+
+    Nothing else of a node makes a thread, waits, reads a clock or draws a number,
+    so that the same node runs over threads or step by step.
+    """
+
+    clock: Clock
+    transport: Transport
+    random: Random
+    system: Dispatcher
+    entries: "pykka.ActorRef[Any]"
+    sessions: "pykka.ActorRef[Any]"
+    start_reader: StartReader
+
+    def dispatcher(self, name: str) -> GrainDispatcher:
+        """A dispatcher for one node's Grains."""
+
+    def address(self, name: str) -> Address:
+        """A new address for a start of the node `name`; it never recurs."""
+
+    def table(self, topology: Topology) -> PartitionTable:
+        """The table of `topology`."""
+
+    def future(self) -> Future:
+        """An answer that a program outside may wait for."""
+
+    def condition(self) -> Condition:
+        """What a program outside waits on for facts of a node."""
+
+    def bug(self, error: BaseException) -> None:
+        """A turn of this project's own has raised `error`; it has been logged."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
 class EmbeddedEngine:
     """Everything in one process: nodes exchange bytes by calls, and share a store.
 
@@ -82,12 +152,14 @@ class EmbeddedEngine:
         partitions: int = PARTITIONS_DEFAULT,
         clock: Clock | None = None,
     ) -> None:
-        self.clock = clock or SystemClock()
+        self.clock: Clock = clock or SystemClock()
         self.store = open_store(store) if isinstance(store, str) else store
-        self.transport = InProcessTransport()
+        self.transport: Transport = InProcessTransport()
+        self.start_reader: StartReader = start_thread_reader
         self.random = Random(secrets.randbits(64))  # noqa: S311
         self._table = PartitionTable.build(Topology(), partitions)
-        self.system = ThreadDispatcher("placement-system", self.clock)
+        self._system = ThreadDispatcher("placement-system", self.clock)
+        self.system: Dispatcher = self._system
         self._lanes = (
             ThreadDispatcher("placement-entries", self.clock),
             ThreadDispatcher("placement-sessions", self.clock),
@@ -100,9 +172,20 @@ class EmbeddedEngine:
             self.store.another(), dispatcher=self._lanes[1], turnstile=turnstile
         )
 
-    def dispatcher(self, name: str) -> ThreadDispatcher:
+    def dispatcher(self, name: str) -> GrainDispatcher:
         """A dispatcher for one node's Grains."""
         return ThreadDispatcher(name, self.clock)
+
+    def future(self) -> Future:
+        """An answer that a program outside may wait for."""
+        return Future()
+
+    def condition(self) -> Condition:
+        """What a program outside waits on for facts of a node."""
+        return threading.Condition()
+
+    def bug(self, error: BaseException) -> None:
+        """Nothing more than the log has said: the node ends by itself."""
 
     def address(self, name: str) -> Address:
         """A new address for a start of the node `name`; it never recurs."""
@@ -119,6 +202,6 @@ class EmbeddedEngine:
         """Free threads and connections."""
         self.entries.stop()
         self.sessions.stop()
-        for dispatcher in (*self._lanes, self.system):
+        for dispatcher in (*self._lanes, self._system):
             dispatcher.stop(_STOP_S)
         self.store.close()

@@ -3,7 +3,7 @@
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeAlias
 
 import pykka
 
@@ -33,8 +33,32 @@ class _Reader(pykka.ThreadingActor):
                 log.exception("a subscriber of events raised")
 
 
+class Reader(Protocol):
+    """Takes what waits for one subscriber, once it has been told that it may."""
+
+    def tell(self, message: Any) -> None:
+        """Something waits."""
+
+    def stop(self, *, block: bool = True, timeout: float | None = None) -> Any:
+        """Take what still waits, and end."""
+
+
+StartReader: TypeAlias = Callable[
+    [Callable[[Event], Any], Callable[[], Event | None]], Reader
+]
+"""Makes the reader of a subscriber, which takes events until there are none."""
+
+
+def start_thread_reader(
+    subscriber: Callable[[Event], Any], take: Callable[[], Event | None]
+) -> Reader:
+    """A reader with a thread of its own."""
+    reader: Reader = _Reader.start(subscriber, take)
+    return reader
+
+
 class Subscription:
-    """One subscriber: what waits for it, and its thread once there is something.
+    """One subscriber: what waits for it, and its reader once there is something.
 
     At most `WAITING_MAX` events wait; then the oldest are dropped, and an
     `EventsLost` in their place says how many.
@@ -44,13 +68,15 @@ class Subscription:
         self,
         subscriber: Callable[[Event], Any],
         leave: Callable[["Subscription"], None],
+        start_reader: StartReader = start_thread_reader,
     ) -> None:
         self._subscriber = subscriber
+        self._start_reader = start_reader
         self.leave = leave
         self._lock = threading.Lock()
         self._waiting: deque[Event] = deque()
         self._lost: EventsLost | None = None
-        self._reader: pykka.ActorRef[_Reader] | None = None
+        self._reader: Reader | None = None
         self._is_awake = False
         self._is_cancelled = False
 
@@ -80,7 +106,7 @@ class Subscription:
                 return
             self._is_awake = True
             if self._reader is None:
-                self._reader = _Reader.start(self._subscriber, self._take)
+                self._reader = self._start_reader(self._subscriber, self._take)
             self._reader.tell(None)
 
     def _take(self) -> Event | None:
@@ -113,9 +139,15 @@ class Subscription:
 class EventStream:
     """Numbers what happened on a node, and lets subscribers have it in order."""
 
-    def __init__(self, node: str, wall_ms: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        node: str,
+        wall_ms: Callable[[], int],
+        start_reader: StartReader = start_thread_reader,
+    ) -> None:
         self._node = node
         self._wall_ms = wall_ms
+        self._start_reader = start_reader
         self._lock = threading.Lock()
         self._number = 0
         self._subscriptions: list[Subscription] = []
@@ -140,7 +172,7 @@ class EventStream:
 
     def subscribe(self, subscriber: Callable[[Event], Any]) -> Subscription:
         """Have `subscriber` called with each event from now on, in order."""
-        subscription = Subscription(subscriber, self.remove)
+        subscription = Subscription(subscriber, self.remove, self._start_reader)
         self.add(subscription)
         return subscription
 

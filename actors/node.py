@@ -1,7 +1,7 @@
 """A node: one member or client of a cluster, inside a program."""
 
-import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -9,7 +9,7 @@ import pykka
 
 from actors.activation import Activation, GrainActivation, Mail
 from actors.coordinator import Arrived, PartitionCoordinator, TopologyChanged
-from actors.engine import EmbeddedEngine, Settings
+from actors.engine import EmbeddedEngine, Engine, Settings
 from actors.event_stream import EventStream
 from actors.future import Future, running
 from actors.grain import encode_rejected
@@ -57,6 +57,7 @@ from placement.entry import ActivationRecord, Pid
 from placement.errors import (
     HandlerFailed,
     NotReady,
+    OutcomeUnknown,
     PlacementError,
     Refusal,
     Rejected,
@@ -154,8 +155,9 @@ def failure_of(message_id: int, error: PlacementError) -> Failure:
 class _NodeSender:
     """Sends on behalf of the program around the node."""
 
-    def __init__(self, outbox: Outbox) -> None:
+    def __init__(self, outbox: Outbox, make_future: Callable[[], Future]) -> None:
         self._outbox = outbox
+        self._make_future = make_future
         self.ask_timeout = outbox.ask_timeout
 
     def ask(
@@ -167,7 +169,7 @@ class _NodeSender:
         request_id: str,
     ) -> Future:
         copy = payloads.copy(payload)
-        future = Future()
+        future = self._make_future()
         self._outbox.send(
             identity,
             copy,
@@ -271,7 +273,7 @@ class PlacementNode(Verbs):
         name: str,
         *,
         kinds: Mapping[str, Kind | type] | None = None,
-        engine: EmbeddedEngine | None = None,
+        engine: Engine | None = None,
         store: str = "memory://",
         weight: float = 1.0,
         witness: Witness | None = None,
@@ -288,18 +290,20 @@ class PlacementNode(Verbs):
             Identity(kind, "x")
             each.check(settings.margin_s)
         self._owns_engine = engine is None
-        self._engine = engine or EmbeddedEngine(store, partitions=settings.partitions)
+        self._engine: Engine = engine or EmbeddedEngine(
+            store, partitions=settings.partitions
+        )
         self._witness = witness
         self.is_dead = False
         self._state = "new"
-        self._changed = threading.Condition()
+        self._changed = self._engine.condition()
         self._session: SessionId | None = None
         self._table: PartitionTable | None = None
         self._has_left = False
         self._stuck_since_ns = 0
         self._why_not = "the node has not started"
         clock = self._engine.clock
-        self.events = EventStream(name, clock.wall_ms)
+        self.events = EventStream(name, clock.wall_ms, self._engine.start_reader)
         self.address = self._engine.address(name)
         self._grains = self._engine.dispatcher(f"grains-{name}")
         self._registry: VirtualActorRegistry[Activation] = VirtualActorRegistry()
@@ -325,7 +329,7 @@ class PlacementNode(Verbs):
             publish=self._publish,
             ask_timeout=settings.ask_timeout,
         )
-        self._sender = _NodeSender(self._outbox)
+        self._sender = _NodeSender(self._outbox, self._engine.future)
         self._host = _NodeHost(self)
         hosting = Hosting(kinds=frozenset(self._kinds))
         self._coordinator: pykka.ActorRef[Any] = PartitionCoordinator.start(
@@ -337,6 +341,7 @@ class PlacementNode(Verbs):
             need_topology=self._need_topology,
             publish=self._publish,
             is_dead=lambda: self.is_dead,
+            on_bug=self._break,
         )
         renew_ns = round(settings.renew_every_s * 1e9)
         self._placement: pykka.ActorRef[Any] = PlacementActor.start(
@@ -359,6 +364,7 @@ class PlacementNode(Verbs):
             publish=self._publish,
             node=self,
             is_dead=lambda: self.is_dead,
+            on_bug=self._break,
         )
         self._guards: dict[SessionId, Guard] = {}
 
@@ -366,7 +372,10 @@ class PlacementNode(Verbs):
 
     @property
     def state(self) -> str:
-        """One of new, starting, member, client, draining, stopping, stopped, killed."""
+        """One of new, starting, member, client, draining, stopping, or how it ended.
+
+        It ends as stopped, killed or, by a bug, broken.
+        """
         return self._state
 
     def __enter__(self) -> Self:
@@ -426,6 +435,9 @@ class PlacementNode(Verbs):
         """Passivate, give back, leave; bounded by `timeout` seconds, then as killed."""
         if self._state in {"stopped", "killed"}:
             return
+        if self.is_dead:
+            self.kill()
+            return
         was_started = self._state != "new"
         self._state = "stopping"
         if was_started:
@@ -436,7 +448,11 @@ class PlacementNode(Verbs):
                 self._publish(Happened(kind="placement", name="StopTimedOut"))
                 self._die()
             # What has arrived already bounces; nothing else arrives.
-            self._postbox.leave(timeout)
+            self._postbox.leave()
+            handled = self._engine.future()
+            self._postbox.handled(handled)
+            with suppress(OutcomeUnknown):
+                handled.get(timeout=timeout)
         self._state = "stopped"
         self._why_not = f"{self.name} has stopped"
         self._close()
@@ -459,11 +475,35 @@ class PlacementNode(Verbs):
         if self._witness is not None:
             self._witness.killed(self.name)
 
+    def _break(self, error: BaseException) -> None:
+        """A part of this node has failed by a bug: end as a crash would.
+
+        Others take over when its session is over; whoever asks here hears why.
+        """
+        if self.is_dead:
+            return
+        self._publish(
+            Happened(
+                kind="placement",
+                name="Broken",
+                reason=f"a bug: {type(error).__name__}: {error}",
+            )
+        )
+        self.is_dead = True
+        self._state, self._why_not = "broken", f"{self.name} is broken by a bug"
+        self._postbox.kill()
+        for guard in tuple(self._guards.values()):
+            guard.shut()
+        self._grains.kill()
+        self._outbox.close(self._why_not)
+        self._engine.bug(error)
+
     def _close(self) -> None:
         self._outbox.close(self._why_not)
         self._postbox.close()
-        self._coordinator.stop()
-        self._placement.stop()
+        # Told, not waited for: the system dispatcher outlives the node.
+        self._coordinator.stop(block=False)
+        self._placement.stop(block=False)
         self._grains.stop(STOP_S)
         for each in self._registry.all():
             each.activation.abandon()
@@ -485,7 +525,7 @@ class PlacementNode(Verbs):
         """
         self._sender.may_block()
         limit = self.settings.ask_timeout if timeout is None else timeout
-        future = self._outbox.seek(Identity.parse(identity), timeout)
+        future = self.seek(identity, timeout=timeout)
         pid = future.get(timeout=limit + 2)
         return PlacementResolution(
             identity=pid.identity,
@@ -496,6 +536,16 @@ class PlacementNode(Verbs):
             epoch=self.epoch,
             observed_at_ms=self._engine.clock.wall_ms(),
         )
+
+    def seek(self, identity: str, *, timeout: float | None = None) -> Future:
+        """A future of the `Pid` of `identity`, which is started if it is nowhere.
+
+        Raises:
+            BadIdentity: it is none.
+        """
+        future = self._engine.future()
+        self._outbox.seek(Identity.parse(identity), timeout, future)
+        return future
 
     def forget(self, pid: Pid) -> bool:
         """Drop the reference from the cache; false where it was not kept."""

@@ -165,9 +165,8 @@ class Outbox:
                 heapq.heappush(self._deadlines, (deadline_ns, number))
             self._dispatch(message, now_ns)
 
-    def seek(self, identity: Identity, timeout: float | None) -> Future:
-        """A future of the pid of `identity`, which is started if it is not."""
-        future = Future()
+    def seek(self, identity: Identity, timeout: float | None, future: Future) -> None:
+        """Answer `future` with the pid of `identity`, which is started if it is not."""
         now_ns = self._now_ns()
         seconds = self.ask_timeout if timeout is None else timeout
         deadline_ns = now_ns + max(0, round(seconds * 1e9))
@@ -177,7 +176,6 @@ class Outbox:
                 Outgoing(self._last_number, identity, deadline_ns, _Sought(future)),
                 now_ns,
             )
-        return future
 
     def forget(self, pid: Pid) -> bool:
         """Drop the reference from the cache."""

@@ -183,8 +183,9 @@ class PlacementActor(DispatchedActor):
         publish: Callable[[Happened], None],
         node: Surroundings,
         is_dead: Callable[[], bool],
+        on_bug: Callable[[BaseException], None],
     ) -> None:
-        super().__init__(dispatcher=dispatcher)
+        super().__init__(dispatcher=dispatcher, on_bug=on_bug)
         self._own = own
         self._observer = observer
         self._hosting = hosting

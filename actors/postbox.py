@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from actors.dispatch import Dispatcher
+from actors.future import Future
 from actors.transport import Transport
 from messages.codec import BadFrame, Codec
 from messages.frames import Frame
@@ -52,12 +53,13 @@ class Postbox:
         self._is_open = False
         self._transport.detach(self._address)
 
-    def leave(self, timeout_s: float) -> None:
-        """Be sent nothing more, and handle what has arrived already."""
+    def leave(self) -> None:
+        """Be sent nothing more; what has arrived already is handled."""
         self._transport.detach(self._address)
-        done = threading.Event()
-        self._dispatcher.post(done.set)
-        done.wait(timeout_s)
+
+    def handled(self, future: Future) -> None:
+        """Answer `future` when all that has arrived until now has been handled."""
+        self._dispatcher.post(future.set)
 
     def kill(self) -> None:
         """Go silent, as a crash would: what is sent here vanishes."""

@@ -107,8 +107,9 @@ class StoreActor(DispatchedActor):
         *,
         dispatcher: Dispatcher,
         turnstile: Turnstile | None = None,
+        on_bug: Callable[[BaseException], None] | None = None,
     ) -> None:
-        super().__init__(dispatcher=dispatcher)
+        super().__init__(dispatcher=dispatcher, on_bug=on_bug)
         self._store = store
         self._turnstile = turnstile or Turnstile()
         self.batch_count = 0

@@ -4,12 +4,13 @@ import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from actors import Cluster, Kind, PlacementNode
 from actors.cluster import StoreInUse
+from actors.engine import EmbeddedEngine
 from actors.store_memory import MemoryStore
 from actors.store_url import open_store
 from actors.witness import ActivationWitness
@@ -611,7 +612,7 @@ def test_a_node_that_cannot_renew_lapses_and_rejoins(
     node = cluster.node(cluster.resolve("scripted/1").pid.node)
     before = node.session
     assert before is not None
-    store = cluster._engine.store
+    store = cast("EmbeddedEngine", cluster._engine).store
     record = next(r for r in store.read_sessions().sessions if r.session == before)
     count = record.count
     while not store.close_session(before, count):
@@ -632,7 +633,7 @@ def test_a_threading_actor_lapses_with_its_session(cluster: Cluster) -> None:
     idle.ask("count")
     before = node.session
     assert before is not None
-    store = cluster._engine.store
+    store = cast("EmbeddedEngine", cluster._engine).store
     count = 0
     while not store.close_session(before, count):
         count += 1

@@ -9,6 +9,7 @@ import pytest
 from actors.clock import SystemClock
 from actors.dispatch import Alarm, DispatchedActor, ThreadDispatcher
 from actors.event_stream import WAITING_MAX, EventStream
+from actors.future import Future
 from actors.log import log, to_stderr
 from actors.lookup import PartitionIdentityLookup, PartitionIdentityLookupConfig
 from actors.node import PlacementNode
@@ -113,8 +114,8 @@ def test_an_alarm_rings_at_the_earliest_wish() -> None:
 
 
 class Adder(DispatchedActor):
-    def __init__(self, dispatcher: Any) -> None:
-        super().__init__(dispatcher=dispatcher)
+    def __init__(self, dispatcher: Any, on_bug: Any = None) -> None:
+        super().__init__(dispatcher=dispatcher, on_bug=on_bug)
         self.total = 0
         self.seen: list[str] = []
 
@@ -150,9 +151,8 @@ def test_an_actor_that_raises_when_told_stops_and_says_so() -> None:
     dispatcher = ThreadDispatcher("t", CLOCK)
     gate = threading.Event()
     dispatcher.post(gate.wait, 5)
-    actor = Adder(dispatcher)
     bugs: list[BaseException] = []
-    actor.on_bug(bugs.append)
+    actor = Adder(dispatcher, bugs.append)
     pykka.ActorRegistry.register(actor.actor_ref)
     actor._start_actor_loop()
     actor.actor_ref.tell("x")
@@ -284,7 +284,10 @@ def test_a_postbox_drops_what_comes_twice_and_refuses_what_is_no_frame() -> None
     for data in (frame, frame, b"junk"):
         transport.send(Address("b.1"), data)
     box.send(Address("b.1"), LoopBack(8))
-    box.leave(5)
+    box.leave()
+    done = Future()
+    box.handled(done)
+    done.get(timeout=5)
     assert handled == [("a.1", LoopBack(7)), ("b.1", LoopBack(8))]
     assert [each.name for each in happened] == ["FrameRefused"]
     box.close()

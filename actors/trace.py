@@ -1,0 +1,199 @@
+"""What a simulated run leaves behind to be judged: plain records, in order of time.
+
+The records say what was asked for, what user code was entered, what the store
+wrote, and how it ended; nothing in them is taken from the machines that decide.
+Times are virtual nanoseconds of the one true clock, which no node can read.
+"""
+
+from typing import Any, NamedTuple, TypeAlias
+
+
+class Asked(NamedTuple):
+    """A program on `asker` (an incarnation of a node) asks `identity`.
+
+    `operation` is `add` (changes the state, once for each `request`), `read`, or
+    another name that only has to end. `request` is unique in the run.
+    """
+
+    at_ns: int
+    asker: str
+    request: str
+    identity: str
+    operation: str
+    deadline_ns: int
+
+
+class Told(NamedTuple):
+    """A program on `teller` tells `identity`; `number` grows for the two of them."""
+
+    at_ns: int
+    teller: str
+    request: str
+    identity: str
+    number: int
+
+
+class Ended(NamedTuple):
+    """An ask has ended for its asker.
+
+    `outcome` is `answered` (`value` is the answer), `refused` (`reason` says why;
+    it is certain that it was not handled), `failed` (user code raised: it may
+    have been handled), or `unknown`.
+    """
+
+    at_ns: int
+    request: str
+    outcome: str
+    value: Any
+    reason: str
+
+
+class Entered(NamedTuple):
+    """User code of an activation is entered: the record is made by that code.
+
+    `purpose` is `activate`, `handle`, `resume`, `timer` or `passivate`; `request`
+    is empty where there is none, `number` that of a `Told`, else 0.
+    """
+
+    at_ns: int
+    address: str
+    identity: str
+    session: str
+    token: int
+    purpose: str
+    request: str
+    number: int = 0
+
+
+class EntryClaimed(NamedTuple):
+    """The store has made `session` the owner of `identity`, under `token`.
+
+    `former` owned it until this very write, under `former_token`; empty: nobody.
+    """
+
+    at_ns: int
+    identity: str
+    session: str
+    token: int
+    former: str
+    former_token: int
+
+
+class EntrySaved(NamedTuple):
+    """The store has replaced the snapshot of `identity`."""
+
+    at_ns: int
+    identity: str
+    token: int
+    version: int
+
+
+class EntryGivenUp(NamedTuple):
+    """The store has cleared the owner that claimed `token`."""
+
+    at_ns: int
+    identity: str
+    session: str
+    token: int
+
+
+class SessionChanged(NamedTuple):
+    """The store's record of `session` is now `open` or `closed`."""
+
+    at_ns: int
+    session: str
+    state: str
+    renewals: int
+
+
+class MembersChanged(NamedTuple):
+    """The store's membership record was replaced."""
+
+    at_ns: int
+    epoch: int
+    sessions: tuple[str, ...]
+
+
+class TopologyTaken(NamedTuple):
+    """The incarnation `address` decides by this topology from now on.
+
+    `sessions` are its members, sorted; `draining` those of them that drain;
+    `owners` is the owning session of each partition.
+    """
+
+    at_ns: int
+    address: str
+    epoch: int
+    sessions: tuple[str, ...]
+    draining: tuple[str, ...]
+    owners: tuple[str, ...]
+
+
+class ProcessEnded(NamedTuple):
+    """The process at `address` is gone: `how` is `crashed` or `stopped`."""
+
+    at_ns: int
+    address: str
+    how: str
+
+
+class Healed(NamedTuple):
+    """The last fault is over; what follows must go well."""
+
+    at_ns: int
+
+
+class Reached(NamedTuple):
+    """After the healing, `asker` sought `identity`: `reason` is empty where found."""
+
+    at_ns: int
+    asker: str
+    identity: str
+    reason: str
+
+
+class FinalState(NamedTuple):
+    """What the store held at the end: the requests that `identity`'s state contains."""
+
+    at_ns: int
+    identity: str
+    requests: tuple[str, ...]
+
+
+class LeftBehind(NamedTuple):
+    """At the end something was held that nobody will ever clear."""
+
+    at_ns: int
+    where: str
+    what: str
+    identity: str
+
+
+class WorkDone(NamedTuple):
+    """How much was done for `requests` requests in all."""
+
+    at_ns: int
+    requests: int
+    frames: int
+    store_operations: int
+    memory_peak: int
+
+
+Record: TypeAlias = (
+    Asked
+    | Told
+    | Ended
+    | Entered
+    | EntryClaimed
+    | EntrySaved
+    | EntryGivenUp
+    | SessionChanged
+    | MembersChanged
+    | TopologyTaken
+    | ProcessEnded
+    | Healed
+    | Reached
+    | FinalState
+    | LeftBehind
+    | WorkDone
+)
