@@ -90,7 +90,7 @@ class Condition(Protocol):
     def __enter__(self) -> Any:
         """Change a fact from now on."""
 
-    def __exit__(self, *exc_info: object) -> Any:
+    def __exit__(self, *exc_info: Any) -> Any:  # noqa: PYI036  as threading has it
         """It has been changed."""
 
     def notify_all(self) -> None:
@@ -113,7 +113,10 @@ class Engine(Protocol):
     system: Dispatcher
     entries: "pykka.ActorRef[Any]"
     sessions: "pykka.ActorRef[Any]"
-    start_reader: StartReader
+
+    @property
+    def start_reader(self) -> StartReader:
+        """How the subscribers of events are read for."""
 
     def dispatcher(self, name: str) -> GrainDispatcher:
         """A dispatcher for one node's Grains."""

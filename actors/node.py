@@ -390,9 +390,16 @@ class PlacementNode(Verbs):
         Raises:
             NotReady: it was started before, or did not become one in time.
         """
-        self._start(BeginMember())
+        self.begin_member()
         self.wait_for(lambda: self._is_in(self._session), timeout)
-        self._state = "member"
+
+    def begin_member(self) -> None:
+        """Begin to start as a member, without waiting until it is one.
+
+        Raises:
+            NotReady: it was started before.
+        """
+        self._start(BeginMember())
 
     def start_client(self, *, timeout: float = START_S) -> None:
         """Resolve and send, and never host; returns when members are known.
@@ -411,6 +418,16 @@ class PlacementNode(Verbs):
         self._postbox.open()
         self._outbox.open()
         self._tell_placement(message)
+
+    def begin_stop(self) -> None:
+        """Begin to stop: `has_left` says when it has left in good order."""
+        self._state = "stopping"
+        self._tell_placement(Stop())
+
+    @property
+    def has_left(self) -> bool:
+        """Whether nothing of it is held any more, after `begin_stop`."""
+        return self._has_left
 
     def wait_for(self, fact: Callable[[], bool], timeout: float) -> None:
         """Wait until `fact` holds of what this node knows of the cluster.
@@ -439,9 +456,8 @@ class PlacementNode(Verbs):
             self.kill()
             return
         was_started = self._state != "new"
-        self._state = "stopping"
         if was_started:
-            self._tell_placement(Stop())
+            self.begin_stop()
             with self._changed:
                 is_clean = self._changed.wait_for(lambda: self._has_left, timeout)
             if not is_clean:
@@ -743,6 +759,8 @@ class PlacementNode(Verbs):
         is_new = self._table is None or self._table.epoch != table.epoch
         with self._changed:
             self._table = table
+            if self._state == "starting" and self._is_in(self._session):
+                self._state = "member"
             self._changed.notify_all()
         if is_new:
             self._publish(
