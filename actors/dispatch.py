@@ -137,7 +137,7 @@ class ThreadDispatcher:
         self.busy_since_ns = self.now_ns()
         try:
             turn(*arguments)
-        except Exception as error:  # a bug; one turn must not end the others
+        except BaseException as error:  # a bug; one turn must not end the others
             self.bug_count += 1
             log.exception("a turn raised")
             if self._on_bug is not None:
@@ -234,10 +234,21 @@ class DispatchedActor(pykka.Actor):
                 continue
             try:
                 answer = self._handle_receive(envelope.message)
-            except Exception as error:  # as pykka: to the asker, or the end
+            except BaseException as error:  # as pykka: to the asker, or the end
                 if envelope.reply_to is not None:
                     envelope.reply_to.set_exception()
                     continue
+    @classmethod
+    def start(cls, *args: Any, **kwargs: Any) -> pykka.ActorRef[Any]:
+        """Start it, unknown to pykka's registry.
+
+        What is registered there is the program's own, and ends when the program
+        calls `pykka.ActorRegistry.stop_all()`.
+        """
+        actor = cls(*args, **kwargs)
+        actor._start_actor_loop()
+        return actor.actor_ref
+
                 log.exception("an actor raised", actor=type(self).__name__)
                 self._stop()
                 if self._on_bug is not None:

@@ -144,7 +144,6 @@ def test_a_dispatched_actor_is_a_pykka_actor() -> None:
     with pytest.raises(pykka.ActorDeadError):
         ref.tell(1)
     dispatcher.stop(5)
-    assert not pykka.ActorRegistry.get_by_class(Adder)
 
 
 def test_an_actor_that_raises_when_told_stops_and_says_so() -> None:
@@ -153,7 +152,6 @@ def test_an_actor_that_raises_when_told_stops_and_says_so() -> None:
     dispatcher.post(gate.wait, 5)
     bugs: list[BaseException] = []
     actor = Adder(dispatcher, bugs.append)
-    pykka.ActorRegistry.register(actor.actor_ref)
     actor._start_actor_loop()
     actor.actor_ref.tell("x")
     waiting = actor.actor_ref.ask(1, block=False)
@@ -168,6 +166,7 @@ def test_an_actor_that_raises_when_told_stops_and_says_so() -> None:
 # --- the store actor ---
 
 
+    assert not pykka.ActorRegistry.get_by_class(Adder)
 class Fragile(MemoryStore):
     """Fails as it is told."""
 
