@@ -4,8 +4,8 @@ from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
-from actors.future import Future
-from actors.reference import BlockingInGrain, Verbs
+from actors.future import BlockingInGrain, Future
+from actors.reference import Verbs
 from placement.entry import Pid
 from placement.identity import Identity
 

@@ -11,7 +11,7 @@ from actors.activation import Activation, GrainActivation, Mail
 from actors.coordinator import Arrived, PartitionCoordinator, TopologyChanged
 from actors.engine import EmbeddedEngine, Engine, Settings
 from actors.event_stream import EventStream
-from actors.future import Future, running
+from actors.future import BlockingInGrain, Future, must_not_block
 from actors.grain import encode_rejected
 from actors.kind import Kind
 from actors.outbox import Outbox
@@ -29,7 +29,7 @@ from actors.placement_actor import (
     Stop,
 )
 from actors.postbox import Postbox
-from actors.reference import BlockingInGrain, Verbs, kind_among
+from actors.reference import Verbs, kind_among
 from actors.store_actor import Perform
 from actors.threaded import ThreadedActivation
 from messages import payload as payloads
@@ -191,7 +191,7 @@ class _NodeSender:
         )
 
     def may_block(self) -> None:
-        if running.activation is not None:
+        if must_not_block():
             raise BlockingInGrain
 
 
