@@ -19,7 +19,6 @@ from actors.placement_actor import (
     BeginClient,
     BeginMember,
     Drain,
-    EndActivation,
     EndIdle,
     HasEnded,
     HasFailed,
@@ -239,9 +238,6 @@ class _NodeHost:
         if self._witness is not None and not self._node.is_dead:
             self._witness.stopped(pid)
         self._tell(HasEnded(pid, version, snapshot))
-
-    def passivate(self, pid: Pid) -> None:
-        self._tell(EndActivation(pid.identity, pid.fencing_token))
 
     def seal(self, activation: Activation) -> None:
         with self._node._outbox.lock:  # noqa: SLF001
@@ -718,7 +714,7 @@ class PlacementNode(Verbs):
         """An activation of `pid`, not started, and when it counts as idle."""
         kind = self._kinds[pid.identity.kind]
         activation_class: Any = (
-            ThreadedActivation if kind.is_threaded else GrainActivation
+            GrainActivation if kind.is_threaded is False else ThreadedActivation
         )
         made = activation_class(pid, record, guard=guard, kind=kind, host=self._host)
         return made, kind.idle_after
