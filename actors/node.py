@@ -11,7 +11,7 @@ from actors.activation import Activation, GrainActivation, Mail
 from actors.coordinator import Arrived, PartitionCoordinator, TopologyChanged
 from actors.engine import EmbeddedEngine, Engine, Settings
 from actors.event_stream import EventStream
-from actors.future import Future, running
+from actors.future import BlockingInGrain, Future, must_not_block
 from actors.grain import encode_rejected
 from actors.kind import Kind
 from actors.outbox import Outbox
@@ -19,7 +19,6 @@ from actors.placement_actor import (
     BeginClient,
     BeginMember,
     Drain,
-    EndActivation,
     EndIdle,
     HasEnded,
     HasFailed,
@@ -29,7 +28,7 @@ from actors.placement_actor import (
     Stop,
 )
 from actors.postbox import Postbox
-from actors.reference import BlockingInGrain, Verbs, kind_among
+from actors.reference import Verbs, kind_among
 from actors.store_actor import Perform
 from actors.threaded import ThreadedActivation
 from messages import payload as payloads
@@ -191,7 +190,7 @@ class _NodeSender:
         )
 
     def may_block(self) -> None:
-        if running.activation is not None:
+        if must_not_block():
             raise BlockingInGrain
 
 
@@ -239,9 +238,6 @@ class _NodeHost:
         if self._witness is not None and not self._node.is_dead:
             self._witness.stopped(pid)
         self._tell(HasEnded(pid, version, snapshot))
-
-    def passivate(self, pid: Pid) -> None:
-        self._tell(EndActivation(pid.identity, pid.fencing_token))
 
     def seal(self, activation: Activation) -> None:
         with self._node._outbox.lock:  # noqa: SLF001
@@ -734,7 +730,7 @@ class PlacementNode(Verbs):
         """An activation of `pid`, not started, and when it counts as idle."""
         kind = self._kinds[pid.identity.kind]
         activation_class: Any = (
-            ThreadedActivation if kind.is_threaded else GrainActivation
+            GrainActivation if kind.is_threaded is False else ThreadedActivation
         )
         made = activation_class(pid, record, guard=guard, kind=kind, host=self._host)
         return made, kind.idle_after

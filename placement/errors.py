@@ -9,6 +9,25 @@ import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar, dataclass_transform
 
+TEXT_MAX = 4_096
+
+
+def sayable(text: str) -> str:
+    """`text` as it can travel: valid UTF-8, of at most `TEXT_MAX` characters."""
+    return text[:TEXT_MAX].encode("utf-8", "replace").decode()
+
+
+def describe(error: BaseException) -> tuple[str, str]:
+    """The name of the type and the text of `error`, which user code has raised.
+
+    Its own `__str__` may raise too, and what it says may be of any length.
+    """
+    try:
+        text = str.__str__(str(error))
+    except BaseException as raised:  # noqa: BLE001  user code may raise anything
+        text = f"its text cannot be had, {type(raised).__name__} was raised"
+    return sayable(type(error).__name__), sayable(text)
+
 
 class PlacementError(Exception):
     """A refused or unfinished request; each subclass is named by its reason.
@@ -62,7 +81,12 @@ class Overloaded(PlacementError):
 
 
 class Deadlock(PlacementError):
-    """The chain of calls comes back to an identity that is waiting in it."""
+    """The chain of calls comes back to an identity that is waiting in it.
+
+    It passes through the handlers of the chain, which had begun, to their callers.
+    """
+
+    may_have_happened: ClassVar[bool] = True
 
 
 class BadMessage(PlacementError, ValueError):
