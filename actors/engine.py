@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from types import TracebackType
 from typing import Any, Protocol
 
 import pykka
@@ -90,7 +91,13 @@ class Condition(Protocol):
     def __enter__(self) -> Any:
         """Change a fact from now on."""
 
-    def __exit__(self, *exc_info: object) -> Any:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> Any:
         """It has been changed."""
 
     def notify_all(self) -> None:

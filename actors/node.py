@@ -61,6 +61,7 @@ from placement.errors import (
     PlacementError,
     Refusal,
     Rejected,
+    text_of,
 )
 from placement.event import Happened
 from placement.hosting import Hosting
@@ -146,10 +147,18 @@ class _Remote:
 def failure_of(message_id: int, error: PlacementError) -> Failure:
     """The frame under which `error` travels."""
     if isinstance(error, Rejected):
-        type_name, text, fields = encode_rejected(error)
-        return Failure(message_id, "Rejected", text, type_name, fields)
+        try:
+            type_name, text, fields = encode_rejected(error)
+            fields = payloads.copy(fields)
+        except Exception as bad:
+            error = HandlerFailed(error.type_name, f"its fields: {bad}")
+        else:
+            return Failure(
+                message_id, "Rejected", text_of(text), text_of(type_name), fields
+            )
     type_name = error.type_name if isinstance(error, HandlerFailed) else ""
-    return Failure(message_id, type(error).__name__, error.message, type_name, {})
+    text = text_of(error.message)
+    return Failure(message_id, type(error).__name__, text, type_name, {})
 
 
 class _NodeSender:
@@ -496,6 +505,8 @@ class PlacementNode(Verbs):
             guard.shut()
         self._grains.kill()
         self._outbox.close(self._why_not)
+        if self._witness is not None:
+            self._witness.killed(self.name)
         self._engine.bug(error)
 
     def _close(self) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from actors.dispatch import Dispatcher
 from actors.future import Future
+from actors.log import log
 from actors.transport import Transport
 from messages.codec import BadFrame, Codec
 from messages.frames import Frame
@@ -67,7 +68,10 @@ class Postbox:
         self._transport.kill(self._address)
 
     def send(self, to: Address, body: Frame) -> bool:
-        """Send; false only where it is certain that nobody will receive it."""
+        """Send; false only where it is certain that nobody will receive it.
+
+        A transport that raises has lost the frame: no actor ends by that.
+        """
         if not self._is_open:
             return False
         if to == self._address:
@@ -77,7 +81,7 @@ class Postbox:
             number = self._last_sent.get(to, 0) + 1
             self._last_sent[to] = number
             data = self._codec.encode(self._address, to, number, body)
-            return self._transport.send(to, data)
+            return self._hand_over(to, data)
 
     def send_echo(self, body: Frame) -> None:
         """Send to itself the whole way: encoded, through the transport."""
@@ -86,7 +90,21 @@ class Postbox:
             number = self._last_sent.get(to, 0) + 1
             self._last_sent[to] = number
             data = self._codec.encode(to, to, number, body)
-            self._transport.send(to, data)
+            self._hand_over(to, data)
+
+    def _hand_over(self, to: Address, data: bytes) -> bool:
+        try:
+            return self._transport.send(to, data)
+        except Exception as error:  # a transport is another's code
+            log.exception("the transport raised", to=to)
+            self._publish(
+                Happened(
+                    kind="placement",
+                    name="TransportFailed",
+                    reason=f"{type(error).__name__}: {error}",
+                )
+            )
+            return True  # it may have been received
 
     def forget(self, address: Address) -> None:
         """That incarnation has ended: nothing comes from it any more."""

@@ -55,14 +55,22 @@ class Codec:
         self._packers = threading.local()
 
     def encode(self, sender: str, receiver: str, number: int, body: Frame) -> bytes:
-        """The bytes of `body` on its way. Its payload has been checked before."""
+        """The bytes of `body` on its way. Its payload has been checked before.
+
+        Texts that say why are the callers' own; one that is not valid UTF-8 does
+        not keep a frame from leaving.
+        """
         try:
             packer = self._packers.packer
         except AttributeError:
             packer = self._packers.packer = msgpack.Packer(default=_tuple_of)
-        data: bytes = packer.pack(
-            (VERSION, self._cluster, sender, receiver, number, _tuple_of(body))
-        )
+        frame = (VERSION, self._cluster, sender, receiver, number, _tuple_of(body))
+        try:
+            data: bytes = packer.pack(frame)
+        except UnicodeEncodeError:
+            # Not the usual packer: to look for such texts in each is slower.
+            lenient = msgpack.Packer(default=_tuple_of, unicode_errors="replace")
+            data = lenient.pack(frame)
         return data
 
     def decode(self, data: bytes, *, receiver: str) -> Envelope:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from actors import Cluster, Kind, PlacementNode
+from actors import Cluster, Grain, Kind, PlacementNode
 from actors.cluster import StoreInUse
 from actors.engine import EmbeddedEngine
 from actors.store_memory import MemoryStore
@@ -16,6 +16,7 @@ from actors.store_url import open_store
 from actors.witness import ActivationWitness
 from placement.contracts import SessionRecord
 from placement.errors import (
+    TEXT_MAX,
     ActivationFailed,
     BadMessage,
     HandlerFailed,
@@ -710,3 +711,52 @@ def test_nodes_are_named_and_counted(cluster: Cluster) -> None:
     cluster.stop()
     with pytest.raises(NotReady):
         cluster.add_node("node-7")
+
+
+class Surrogate(Grain):
+    """Says what is not valid UTF-8, as the name of a file may be."""
+
+    def on_activate(self) -> None:
+        if self.context.identity.name.startswith("fails"):
+            raise ValueError("file x\udcff")
+
+    def on_receive(self, message: Any) -> Any:
+        if message == "long":
+            raise ValueError("y" * 10_000_000)
+        raise ValueError("file y\udcff")
+
+
+def test_an_error_of_no_valid_text_reaches_whoever_asked_and_ends_no_actor() -> None:
+    kinds = {"surrogate": Surrogate, "echo": Echo}
+    with Cluster.embedded(nodes=2, kinds=kinds, **FAST) as cluster:
+        for node in (cluster, *(cluster.node(name) for name in cluster.nodes)):
+            for n in range(4):
+                with pytest.raises(ActivationFailed, match=r"file x\\udcff"):
+                    node.ref(f"surrogate/fails-{n}").ask(1)
+                with pytest.raises(HandlerFailed, match=r"file y\\udcff"):
+                    node.ref(f"surrogate/{n}").ask(1)
+                with pytest.raises(HandlerFailed) as caught:
+                    node.ref(f"surrogate/{n}").ask("long")
+                assert caught.value.text == "y" * (TEXT_MAX - 1) + "…"
+        assert cluster.ref("echo/1").ask(1) == 1
+
+
+def test_a_node_with_a_bug_breaks_and_others_take_over(
+    cluster: Cluster, witness: ActivationWitness
+) -> None:
+    ref = cluster.ref("scripted/1")
+    ref.ask(["save", "kept"])
+    host = cluster.resolve("scripted/1").pid.node
+    node = cluster.node(host)
+    seen: list[Any] = []
+    node.events.subscribe(seen.append)
+
+    node._coordinator.tell("no message of a coordinator")
+
+    eventually(lambda: node.state == "broken")
+    eventually(lambda: any(event.name == "Broken" for event in seen))
+    with pytest.raises(NotReady, match="broken by a bug"):
+        node.ref("echo/1").ask(1)
+    assert until_answered(lambda: ref.ask(["snapshot"])) == "kept"
+    assert cluster.resolve("scripted/1").pid.node != host
+    assert witness.double_count == 0
