@@ -3,6 +3,7 @@
 import math
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -15,6 +16,7 @@ from actors.clock import Clock, SystemClock
 from actors.dispatch import Dispatcher, ThreadDispatcher
 from actors.event_stream import StartReader, start_thread_reader
 from actors.future import Future
+from actors.log import log
 from actors.store_actor import StoreActor, Turnstile
 from actors.store_url import open_store
 from actors.transport import InProcessTransport, Transport
@@ -206,9 +208,17 @@ class EmbeddedEngine:
         return self._table
 
     def close(self) -> None:
-        """Free threads and connections."""
-        self.entries.stop()
-        self.sessions.stop()
+        """Free threads and connections, within a time: a store may hang."""
+        until_s = time.monotonic() + _STOP_S
+
+        def left_s() -> float:
+            return max(0.0, until_s - time.monotonic())
+
+        for actor in (self.entries, self.sessions):
+            try:
+                actor.stop(timeout=left_s())
+            except pykka.Timeout:
+                log.warning("the store does not come back", store=self.store.url)
         for dispatcher in (*self._lanes, self._system):
-            dispatcher.stop(_STOP_S)
+            dispatcher.stop(left_s())
         self.store.close()

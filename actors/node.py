@@ -14,6 +14,7 @@ from actors.event_stream import EventStream
 from actors.future import Future, running
 from actors.grain import encode_rejected
 from actors.kind import Kind
+from actors.log import log
 from actors.outbox import Outbox
 from actors.placement_actor import (
     BeginClient,
@@ -652,8 +653,23 @@ class PlacementNode(Verbs):
         eligible = tuple(
             member for member in table.topology.members if member.hosts(identity.kind)
         )
-        chosen = kind.strategy(identity, eligible, table.owner_of(identity))
-        return chosen if chosen in eligible else default
+        try:
+            chosen = kind.strategy(identity, eligible, table.owner_of(identity))
+            if chosen in eligible:
+                return chosen
+            reason = f"it chose {chosen!r}, which is not eligible"
+        except Exception as error:  # user code may raise anything
+            log.error("a strategy raised", identity=str(identity), exc_info=error)
+            reason = f"{type(error).__name__}: {error}"
+        self._publish(
+            Happened(
+                kind="placement",
+                name="StrategyFailed",
+                identity=identity,
+                reason=reason,
+            )
+        )
+        return default
 
     def _frame(self, sender: Any, body: Frame) -> None:
         if self.is_dead:

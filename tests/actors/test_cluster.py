@@ -760,3 +760,28 @@ def test_a_node_with_a_bug_breaks_and_others_take_over(
     assert until_answered(lambda: ref.ask(["snapshot"])) == "kept"
     assert cluster.resolve("scripted/1").pid.node != host
     assert witness.double_count == 0
+
+
+def test_where_a_strategy_raises_or_chooses_garbage_the_default_chooses() -> None:
+    def raises(*_: Any) -> Any:
+        raise KeyError("a bad strategy")
+
+    kinds = {
+        "raises": Kind(Echo, strategy=raises),
+        "garbage": Kind(Echo, strategy=lambda *_: cast("Any", [])),
+        "nobody": Kind(Echo, strategy=lambda *_: cast("Any", None)),
+    }
+    with Cluster.embedded(nodes=2, kinds=kinds, **FAST) as cluster:
+        seen: list[Any] = []
+        cluster.events.subscribe(seen.append)
+        for kind in kinds:
+            found = cluster.resolve(f"{kind}/1")
+            assert cluster.ref(f"{kind}/1").ask(5) == 5
+            table = cluster.node("node-1")._table
+            assert table is not None
+            assert found.owner == table.host_of(found.identity).session
+        eventually(lambda: sum(e.name == "StrategyFailed" for e in seen) == 3)
+    failed = {str(e.identity): e.reason for e in seen if e.name == "StrategyFailed"}
+    assert failed["raises/1"] == "KeyError: 'a bad strategy'"
+    assert "it chose []" in failed["garbage/1"]
+    assert "it chose None" in failed["nobody/1"]

@@ -1,6 +1,7 @@
 import io
 import logging
 import threading
+import time
 from typing import Any
 
 import pykka
@@ -8,6 +9,7 @@ import pytest
 
 from actors.clock import SystemClock
 from actors.dispatch import Alarm, DispatchedActor, ThreadDispatcher
+from actors.engine import EmbeddedEngine
 from actors.event_stream import WAITING_MAX, EventStream
 from actors.future import Future
 from actors.log import log, to_stderr
@@ -23,9 +25,11 @@ from messages.frames import LoopBack
 from placement.contracts import (
     Acquire,
     Acquired,
+    Claim,
     Failed,
     Save,
     Saved,
+    Stale,
     StoreFailure,
 )
 from placement.entry import Acquisition, Pid
@@ -245,6 +249,99 @@ def test_an_order_of_one_identity_is_kept_and_sessions_fail_as_trouble() -> None
     assert all(isinstance(each, Acquired | Failed) for each in outcomes)
     assert perform(Fragile(), [ReadSessions()]) == [StoreTrouble("locked")]
     assert not isinstance(outcomes[0], Saved)
+
+
+class Wrong(Fragile):
+    """A user's store that raises what is no StoreFailure."""
+
+    def read_sessions(self) -> Any:
+        raise KeyError("as a bug would")
+
+    def claim(self, requests: Any, /) -> Any:
+        return ()
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_store_that_raises_anything_has_failed_and_is_asked_again() -> None:
+    store = Wrong()
+    store.fails = [RuntimeError("no StoreFailure")]
+    happened = Failed("RuntimeError: no StoreFailure", may_have_happened=True)
+
+    assert perform(store, [Save(ONE, 1, 1, b"x")]) == [happened]
+    assert [type(each) for each in perform(store, [Save(ONE, 1, 1, b"x")])] == [Stale]
+    said = "KeyError: 'as a bug would'"
+    assert perform(store, [ReadSessions()]) == [StoreTrouble(said)]
+    lock = Acquisition(SessionId("s.1#1"), 1)
+    [failed] = perform(store, [Claim(ONE, lock.session, 1, lock, 0)])
+    assert isinstance(failed, Failed)
+    assert failed.may_have_happened
+
+
+def test_a_reply_that_raises_keeps_no_other_from_its_outcome() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    gate = threading.Event()
+    heard: list[Any] = []
+
+    def reply(request: Any, _: Any) -> None:
+        heard.append(request.identity)
+        if request.identity == ONE:
+            raise RuntimeError("a bug")
+
+    dispatcher.post(gate.wait, 5)
+    ref = StoreActor.start(MemoryStore(), dispatcher=dispatcher)
+    for identity in (ONE, TWO):
+        ref.tell(Perform(Save(identity, 1, 1, b"x"), reply, dispatcher))
+    gate.set()
+    eventually(lambda: heard == [ONE, TWO])
+    assert ref.is_alive()
+    ref.stop()
+    dispatcher.stop(5)
+    assert dispatcher.bug_count == 1
+
+
+def test_an_actor_whose_batch_fails_is_woken_by_what_comes_next() -> None:
+    class Failing(Adder):
+        def _handle_batch(self, batch: list[Any]) -> None:
+            if batch[0].message == "fail":
+                raise RuntimeError("the batch")
+            super()._handle_batch(batch)
+
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    ref = Failing.start(dispatcher)
+    ref.tell("fail")
+    eventually(lambda: dispatcher.bug_count == 1)
+
+    assert ref.ask(2, timeout=5) == 2
+    ref.stop()
+    dispatcher.stop(5)
+
+
+def test_an_engine_over_a_store_that_hangs_is_closed_within_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate, inside = threading.Event(), threading.Event()
+
+    class Hanging(MemoryStore):
+        def read_sessions(self) -> Any:
+            inside.set()
+            gate.wait(20)
+            return super().read_sessions()
+
+        def another(self) -> "Hanging":
+            return self
+
+    monkeypatch.setattr("actors.engine._STOP_S", 0.1)
+    engine = EmbeddedEngine(Hanging())
+    engine.sessions.tell(Perform(ReadSessions(), lambda *_: None, engine.system))
+    assert inside.wait(5)
+    began_s = time.monotonic()
+
+    engine.close()
+
+    assert time.monotonic() - began_s < 5
+    gate.set()
 
 
 # --- transport and postbox ---
