@@ -15,7 +15,7 @@ from actors.future import Future, running
 from actors.grain import encode_rejected
 from actors.kind import Kind
 from actors.log import log
-from actors.outbox import Outbox
+from actors.outbox import Outbox, dropped
 from actors.placement_actor import (
     BeginClient,
     BeginMember,
@@ -124,12 +124,18 @@ class Snapshot:
 class _Remote:
     """The origin of a mail that came from another node."""
 
-    __slots__ = ("_address", "_message_id", "_send", "_token")
+    __slots__ = ("_address", "_message_id", "_publish", "_send", "_token")
 
     def __init__(
-        self, send: Callable[..., bool], address: Any, message_id: int, token: int
+        self,
+        send: Callable[..., bool],
+        publish: Callable[[Happened], None],
+        address: Any,
+        message_id: int,
+        token: int,
     ) -> None:
         self._send = send
+        self._publish = publish
         self._address = address
         self._message_id = message_id
         self._token = token
@@ -140,6 +146,9 @@ class _Remote:
     def failed(self, mail: Mail, error: PlacementError) -> None:
         if self._message_id:
             self._send(self._address, failure_of(self._message_id, error))
+        elif not error.may_have_happened:
+            identity = Identity.parse(mail.carried.identity)
+            self._publish(dropped(identity, Refusal.of(error)))
 
     def bounced(self, mail: Mail, pid: Pid) -> None:
         self._send(self._address, mail.carried)
@@ -718,14 +727,25 @@ class PlacementNode(Verbs):
             frame.remaining_ms,
             frame.chain,
         )
-        now_ns = self._engine.clock.now_ns()
+        is_ask = frame.message_id != 0
+        # Nobody waits for a tell: it may be in the mailbox as long as it takes.
+        handle_by_ns = 0
+        if is_ask:
+            now_ns = self._engine.clock.now_ns()
+            handle_by_ns = now_ns + frame.remaining_ms * 1_000_000
         mail = Mail(
             frame.payload,
             frame.request_id,
             frame.chain,
-            now_ns + frame.remaining_ms * 1_000_000,
-            frame.message_id != 0,
-            _Remote(self._postbox.send, sender, frame.message_id, frame.token),
+            handle_by_ns,
+            is_ask,
+            _Remote(
+                self._postbox.send,
+                self._publish,
+                sender,
+                frame.message_id,
+                frame.token,
+            ),
             carried=bounce,
         )
         with self._outbox.lock:

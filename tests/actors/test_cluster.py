@@ -9,12 +9,17 @@ from typing import Any, cast
 import pytest
 
 from actors import Cluster, Grain, Kind, PlacementNode
+from actors.activation import Mail
 from actors.cluster import StoreInUse
 from actors.engine import EmbeddedEngine
+from actors.future import Future
+from actors.grain import ARGUMENTS, CALL
+from actors.outbox import _Asked
 from actors.store_memory import MemoryStore
 from actors.store_url import open_store
 from actors.witness import ActivationWitness
 from placement.contracts import SessionRecord
+from placement.delivery import Outgoing
 from placement.errors import (
     TEXT_MAX,
     ActivationFailed,
@@ -26,7 +31,7 @@ from placement.errors import (
     Overloaded,
     PlacementError,
 )
-from placement.identity import BadIdentity
+from placement.identity import BadIdentity, Identity
 from placement.topology import SessionId
 from tests.actors.actors_under_test import (
     GATES,
@@ -785,3 +790,84 @@ def test_where_a_strategy_raises_or_chooses_garbage_the_default_chooses() -> Non
     assert failed["raises/1"] == "KeyError: 'a bad strategy'"
     assert "it chose []" in failed["garbage/1"]
     assert "it chose None" in failed["nobody/1"]
+
+
+def test_answers_arrive_while_the_topology_changes() -> None:
+    with PlacementNode("n", kinds=KINDS, **FAST) as node:
+        node.start_member()
+        outbox, table = node._outbox, node._table
+        assert table is not None
+        mails = []
+        for number in range(50_000):
+            message = Outgoing(-number, Identity("echo", "1"), 0, None)
+            outbox._asked[-number] = _Asked(Future(), message)
+            mails.append(Mail(None, "", (), 0, True, outbox, -number, message))
+        pid = node.resolve("echo/1").pid
+
+        def answer() -> None:
+            for mail in mails:
+                outbox.answered(mail, 1, pid)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        while thread.is_alive():
+            outbox.adopt(table, ())
+        thread.join()
+        assert node.ref("echo/1").ask(1) == 1
+
+
+def test_deadlines_of_answered_asks_are_not_kept() -> None:
+    with PlacementNode("n", kinds=KINDS, **FAST) as node:
+        node.start_member()
+        ref = node.ref("echo/1")
+        for _ in range(20):
+            futures = [ref.ask(n, block=False, timeout=9_000) for n in range(200)]
+            assert [each.get(timeout=10) for each in futures] == list(range(200))
+        assert len(node._outbox._deadlines) <= 1_024 + 200
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_told_message_that_is_refused_is_named_in_an_event(
+    cluster: Cluster, *, is_remote: bool
+) -> None:
+    found = cluster.resolve("blocked/1")
+    host = cluster.node(found.pid.node)
+    sender: Any = cluster if is_remote else host
+    seen: list[Any] = []
+    host.events.subscribe(seen.append)
+    GATES["told"] = threading.Event()
+    for _ in range(10):
+        sender.ref("blocked/1").tell("told")
+    eventually(lambda: any("its inbox is full" in each.reason for each in seen))
+    GATES["told"].set()
+    account = cluster.resolve("account/1")
+    host = cluster.node(account.pid.node)
+    host.events.subscribe(seen.append)
+    (cluster if is_remote else host).ref("account/1").tell(
+        {CALL: "no_such", ARGUMENTS: {}}
+    )
+    eventually(lambda: any("no_such" in each.reason for each in seen))
+    dropped = [each for each in seen if each.name == "MessageDropped"]
+    assert {str(each.identity) for each in dropped} == {"blocked/1", "account/1"}
+    assert dropped[0].reason.startswith("Overloaded: ")
+    assert dropped[-1].reason.startswith("BadMessage: ")
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_told_message_may_wait_in_a_mailbox_for_longer_than_an_ask(
+    witness: ActivationWitness, *, is_remote: bool
+) -> None:
+    GATES["slow"] = threading.Event()
+    with Cluster.embedded(
+        nodes=1, kinds=KINDS, witness=witness, ask_timeout=0.1, **FAST
+    ) as cluster:
+        sender: Any = cluster if is_remote else cluster.node("node-1")
+        ref = sender.ref("blocked/1")
+        until_answered(lambda: cluster.resolve("blocked/1"))
+        first = ref.ask("slow", block=False, timeout=10)
+        ref.tell("slow")
+        threading.Event().wait(0.3)
+        GATES["slow"].set()
+        assert first.get(timeout=5) == "back"
+        eventually(lambda: sum(witness.handled_by.values()) == 2)
+        assert cluster.node("node-1").events.counts["MessageDropped"] == 0
