@@ -36,6 +36,7 @@ from placement.delivery import (
 from placement.entry import Pid
 from placement.errors import (
     REASONS,
+    BadMessage,
     HandlerFailed,
     NotReady,
     OutcomeUnknown,
@@ -290,7 +291,11 @@ class Outbox:
             max(1, (message.deadline_ns - now_ns) // 1_000_000),
             content.chain,
         )
-        if self._send_frame(pid.address, frame):
+        try:
+            is_sent = self._send_frame(pid.address, frame)
+        except BadMessage as error:
+            return (FailMessage(message, Refusal.of(error)),)
+        if is_sent:
             return ()
         return self._deliveries.bounced(pid, message, needs_mark=False, now_ns=now_ns)
 

@@ -5,6 +5,7 @@ from typing import Any, Protocol, TypeVar, cast, overload
 
 from actors.future import Future
 from actors.grain import Surface
+from messages.payload import request_id_of
 from placement.errors import BadMessage
 from placement.identity import BadIdentity, Identity
 
@@ -73,8 +74,9 @@ class Ref:
 
         Raises:
             PlacementError: it was refused or failed, by the reason's own class.
-            BadMessage: `message` cannot be carried.
+            BadMessage: `message` or `request_id` cannot be carried.
         """
+        request_id = request_id_of(request_id)
         if not block:
             return self._sender.ask(
                 self.identity, message, timeout=timeout, request_id=request_id
@@ -93,12 +95,14 @@ class Ref:
         request_id: str = "",
     ) -> Any:
         """Ask; awaiting it blocks neither an event loop nor a Grain's dispatcher."""
+        request_id = request_id_of(request_id)
         return await self._sender.ask(
             self.identity, message, timeout=timeout, request_id=request_id
         )
 
     def tell(self, message: Any, *, request_id: str = "") -> None:
         """Send, at most once, without an answer."""
+        request_id = request_id_of(request_id)
         self._sender.tell(self.identity, message, request_id=request_id)
 
 
@@ -234,7 +238,7 @@ class Verbs:
         Raises:
             PlacementError: it was refused or failed, by the reason's own class.
         """
-        call = _call(call)
+        call, request_id = _call(call), request_id_of(request_id)
         self._sender.may_block()
         future = self._sender.ask(
             call.identity, call.payload, timeout=timeout, request_id=request_id
@@ -243,7 +247,7 @@ class Verbs:
 
     def tell(self, call: Any, *, request_id: str = "") -> None:
         """Send the call of a proxy's handler, at most once, without an answer."""
-        call = _call(call)
+        call, request_id = _call(call), request_id_of(request_id)
         self._sender.tell(call.identity, call.payload, request_id=request_id)
 
     def _kind_of(self, actor_class: type) -> str:

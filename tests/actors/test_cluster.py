@@ -871,3 +871,22 @@ def test_a_told_message_may_wait_in_a_mailbox_for_longer_than_an_ask(
         assert first.get(timeout=5) == "back"
         eventually(lambda: sum(witness.handled_by.values()) == 2)
         assert cluster.node("node-1").events.counts["MessageDropped"] == 0
+
+
+def test_what_another_node_would_refuse_is_refused_to_the_sender(
+    cluster: Cluster,
+) -> None:
+    host = cluster.node(cluster.resolve("echo/1").pid.node)
+    for sender in (cluster, host):
+        ref = sender.ref("echo/1")
+        assert ref.ask([1] * 100_000) == [1] * 100_000
+        with pytest.raises(BadMessage, match="payload: it has 200000 items"):
+            ref.ask([1] * 200_000)
+        with pytest.raises(BadMessage, match="at most 1048576"):
+            ref.tell([0.5] * 120_000)
+        for request_id in ("x" * 513, "\udcff", cast("Any", 5)):
+            with pytest.raises(BadMessage, match="request_id"):
+                ref.ask(1, request_id=request_id)
+            with pytest.raises(BadMessage, match="request_id"):
+                ref.tell(1, request_id=request_id)
+        assert ref.ask(1, request_id="x" * 512) == 1

@@ -2,7 +2,7 @@ import io
 import logging
 import threading
 import time
-from typing import Any
+from typing import Any, cast
 
 import pykka
 import pytest
@@ -20,8 +20,8 @@ from actors.store_actor import Perform, StoreActor
 from actors.store_memory import MemoryStore
 from actors.transport import InProcessTransport
 from actors.witness import ActivationWitness
-from messages.codec import Codec
-from messages.frames import LoopBack
+from messages.codec import FRAME_BYTES_MAX, Codec
+from messages.frames import Answer, Bounce, Deliver, LoopBack
 from placement.contracts import (
     Acquire,
     Acquired,
@@ -33,7 +33,7 @@ from placement.contracts import (
     StoreFailure,
 )
 from placement.entry import Acquisition, Pid
-from placement.errors import NoAuthority
+from placement.errors import BadMessage, NoAuthority
 from placement.event import EventsLost, Happened
 from placement.identity import Identity
 from placement.session import ReadSessions, StoreTrouble
@@ -391,6 +391,62 @@ def test_a_postbox_drops_what_comes_twice_and_refuses_what_is_no_frame() -> None
     box._arrived(frame)
     box._handle_own(LoopBack(9))
     assert len(handled) == 2
+    dispatcher.stop(5)
+
+
+def test_a_frame_that_is_too_large_is_refused_to_whoever_sent_or_asked() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    transport = InProcessTransport()
+    happened: list[Happened] = []
+    arrived: list[bytes] = []
+    box = Postbox(
+        cluster="default",
+        address=Address("b.1"),
+        transport=transport,
+        dispatcher=dispatcher,
+        handle=lambda *_: None,
+        publish=happened.append,
+    )
+    box.open()
+    to = Address("a.1")
+    transport.attach(to, arrived.append)
+    huge = "x" * FRAME_BYTES_MAX
+
+    with pytest.raises(BadMessage, match="Deliver: "):
+        box.send(to, Deliver(ONE, 1, 7, huge, "", 1, ()))
+    assert arrived == []
+    assert box.send(to, Answer(7, huge, 1))
+    assert box.send(to, Bounce(ONE, 1, 8, huge, "", 1, ()))
+
+    codec = Codec("default")
+    told = [codec.decode(each, receiver="a.1").body for each in arrived]
+    assert [(each.message_id, each.reason) for each in cast("Any", told)] == [
+        (7, "BadMessage"),
+        (8, "BadMessage"),
+    ]
+    assert [each.name for each in happened] == ["FrameTooLarge"] * 2
+    dispatcher.stop(5)
+
+
+def test_a_transport_that_raises_has_lost_the_frame_and_ends_nobody() -> None:
+    class Raising(InProcessTransport):
+        def send(self, address: Address, data: bytes) -> bool:
+            raise OSError("no network")
+
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    happened: list[Happened] = []
+    box = Postbox(
+        cluster="default",
+        address=Address("b.1"),
+        transport=Raising(),
+        dispatcher=dispatcher,
+        handle=lambda *_: None,
+        publish=happened.append,
+    )
+    box.open()
+    assert box.send(Address("a.1"), LoopBack(1))
+    box.send_echo(LoopBack(2))
+    assert [each.reason for each in happened] == ["OSError: no network"] * 2
     dispatcher.stop(5)
 
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from messages.codec import (
     FRAME_BYTES_MAX,
-    ITEMS_MAX,
     STRING_BYTES_MAX,
     BadFrame,
     Codec,
@@ -38,7 +37,7 @@ from messages.frames import (
     StartRefused,
     TopologyHint,
 )
-from messages.payload import BYTES_MAX, DEPTH_MAX
+from messages.payload import BYTES_MAX, DEPTH_MAX, ITEMS_MAX
 
 GOLDEN = Path(__file__).parents[1] / "data" / "frames"
 ID, S1, S2 = "account/42", "a.1#1", "b.1#2"
