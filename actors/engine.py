@@ -21,10 +21,16 @@ from actors.store_actor import StoreActor, Turnstile
 from actors.store_url import open_store
 from actors.transport import InProcessTransport, Transport
 from placement.contracts import Store
+from placement.errors import NotReady
 from placement.partition import PARTITIONS_DEFAULT, PartitionTable
-from placement.topology import Address, Topology
+from placement.session import Watch
+from placement.topology import Address, SessionId, Topology
 
 _STOP_S = 10.0
+
+
+class StoreInUse(ValueError):
+    """Another process's sessions are alive in the store, and cannot be reached."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,6 +186,40 @@ class EmbeddedEngine:
         self.sessions: pykka.ActorRef[Any] = StoreActor.start(
             self.store.another(), dispatcher=self._lanes[1], turnstile=turnstile
         )
+
+    def take_over(self, *, timeout_s: float = math.inf) -> None:
+        """Wait out sessions that a crash has left in the store.
+
+        Raises:
+            StoreInUse: one of them is renewed, or another is opened: its process
+                lives, and cannot be reached from here.
+            NotReady: the time was not enough.
+            StoreFailure: the store cannot be read now.
+        """
+        watch, pause = Watch(), threading.Event()
+        first: dict[SessionId, int] | None = None
+        until_s = time.monotonic() + timeout_s
+        while True:
+            view = self.store.read_sessions()
+            now_ns = self.clock.now_ns()
+            watch.view(view, now_ns)
+            counts = watch.counts()
+            if first is None:
+                first = counts
+            # What a crash has left was there from the first, and stands still.
+            alive = sorted(s for s, count in counts.items() if first.get(s) != count)
+            if alive:
+                raise StoreInUse(
+                    f"store {self.store.url}: session {alive[0]} of another process "
+                    "is alive in it; who cannot reach it needs the store for itself"
+                )
+            if not counts:
+                return
+            if time.monotonic() >= until_s:
+                raise NotReady(f"session {min(counts)} is not over yet")
+            for close in watch.expired(now_ns, besides=None):
+                self.store.close_session(close.session, close.count)
+            pause.wait(0.05)
 
     def dispatcher(self, name: str) -> GrainDispatcher:
         """A dispatcher for one node's Grains."""

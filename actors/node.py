@@ -1,5 +1,6 @@
 """A node: one member or client of a cluster, inside a program."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -171,6 +172,30 @@ def failure_of(message_id: int, error: PlacementError) -> Failure:
     return Failure(message_id, type(error).__name__, text, type_name, {})
 
 
+def check_name(name: str) -> None:
+    """Refuse what cannot name a node.
+
+    Raises:
+        BadIdentity: it could not name an actor either.
+        ValueError: it would not tell its sessions from another node's.
+    """
+    Identity("node", name)
+    if "#" in name or "." in name:
+        raise ValueError(f"node name {name!r} must be without # and .")
+
+
+def check_weight(weight: float) -> None:
+    """Refuse a share of the partitions that is none.
+
+    Raises:
+        ValueError: it is not a finite number above 0.
+    """
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise ValueError(f"weight is a number, not a {type(weight).__name__}")  # noqa: TRY004
+    if not 0 < weight < math.inf:
+        raise ValueError(f"weight must be finite and above 0, not {weight}")
+
+
 class _NodeSender:
     """Sends on behalf of the program around the node."""
 
@@ -299,19 +324,20 @@ class PlacementNode(Verbs):
         settings: Settings | None = None,
         **options: Any,
     ) -> None:
-        Identity("node", name)
-        if not name or "#" in name or "." in name:
-            raise ValueError(f"node name {name!r} must be without # and .")
+        check_name(name)
+        check_weight(weight)
         self.name = name
         self.settings = settings = settings or Settings(**options)
         self._kinds = {kind: Kind.of(each) for kind, each in (kinds or {}).items()}
         for kind, each in self._kinds.items():
             Identity(kind, "x")
             each.check(settings.margin_s)
-        self._owns_engine = engine is None
-        self._engine: Engine = engine or EmbeddedEngine(
-            store, partitions=settings.partitions
-        )
+        self._own_engine: EmbeddedEngine | None = None
+        if engine is None:
+            engine = self._own_engine = EmbeddedEngine(
+                store, partitions=settings.partitions
+            )
+        self._engine: Engine = engine
         self._witness = witness
         self.is_dead = False
         self._state = "new"
@@ -408,8 +434,9 @@ class PlacementNode(Verbs):
 
         Raises:
             NotReady: it was started before, or did not become one in time.
+            StoreInUse: another process lives in the store of this node's own.
         """
-        self._start(BeginMember())
+        self._start(BeginMember(), timeout)
         self.wait_for(lambda: self._is_in(self._session), timeout)
         self._state = "member"
 
@@ -418,14 +445,17 @@ class PlacementNode(Verbs):
 
         Raises:
             NotReady: it was started before, or the store did not answer in time.
+            StoreInUse: another process lives in the store of this node's own.
         """
-        self._start(BeginClient())
+        self._start(BeginClient(), timeout)
         self.wait_for(lambda: self._table is not None, timeout)
         self._state = "client"
 
-    def _start(self, message: Any) -> None:
+    def _start(self, message: Any, timeout: float) -> None:
         if self._state != "new":
             raise NotReady(f"{self.name} is {self._state}, a node starts once")
+        if self._own_engine is not None:
+            self._own_engine.take_over(timeout_s=timeout)
         self._state = "starting"
         self._postbox.open()
         self._outbox.open()
@@ -530,8 +560,8 @@ class PlacementNode(Verbs):
             each.activation.abandon()
         self._publish(Happened(kind="placement", name="Stopped"))
         self.events.close()
-        if self._owns_engine:
-            self._engine.close()
+        if self._own_engine is not None:
+            self._own_engine.close()
 
     # --- verbs ---------------------------------------------------------------
 

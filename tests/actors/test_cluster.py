@@ -1,4 +1,5 @@
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -662,10 +663,23 @@ def test_what_makes_no_sense_is_refused_before_a_store_is_made(tmp_path: Path) -
         {"cluster": ""},
         {"kinds": {"echo": Kind(Echo, handler_max=3.0)}},
         {"kinds": {"echo": int}},
+        {"kinds": {"a/b": Echo}},
+        {"kinds": {"": Echo}},
+        {"nodes": ["a.b"]},
+        {"nodes": ["a#b"]},
+        {"nodes": [""]},
     ]
     for options in bad:
         with pytest.raises(ValueError, match=r"."):
             Cluster.embedded(**{"kinds": KINDS, "store": url, **options})
+    bad_nodes: list[dict[str, Any]] = [
+        {"name": "a.b"},
+        {"kinds": {"a/b": Echo}},
+        *({"weight": each} for each in (0, -1.0, math.inf, math.nan, True, "1", None)),
+    ]
+    for options in bad_nodes:
+        with pytest.raises(ValueError, match=r"."):
+            PlacementNode(**{"name": "n", "store": url, **options})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -690,6 +704,53 @@ def test_a_cluster_refuses_a_store_in_which_others_live(tmp_path: Path) -> None:
     stop.set()
     thread.join()
     store.close()
+
+
+def test_a_store_is_in_use_by_whoever_opens_a_session_while_others_are_waited_out(
+    tmp_path: Path,
+) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    store = open_store(url)
+    store.open_session(SessionRecord(session=SessionId("gone.1#1"), ttl_ms=60_000))
+
+    def later() -> None:
+        mine = open_store(url)
+        session = SessionId("other.1#1")
+        mine.open_session(SessionRecord(session=session, ttl_ms=60_000))
+        mine.close()
+
+    timer = threading.Timer(0.5, later)
+    timer.start()
+    with pytest.raises(StoreInUse, match=r"other\.1#1 of another process"):
+        Cluster.embedded(nodes=1, kinds=KINDS, store=url, **FAST)
+    timer.join()
+    store.close()
+
+
+def test_a_node_alone_refuses_a_store_in_which_others_live(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    with Cluster.embedded(nodes=1, kinds=KINDS, store=url, **FAST):
+        for start in ("start_member", "start_client"):
+            node = PlacementNode("n", kinds=KINDS, store=url, **FAST)
+            with pytest.raises(StoreInUse, match="of another process"):
+                getattr(node, start)()
+            node.stop()
+    with PlacementNode("n", kinds=KINDS, store=url, **FAST) as node:
+        node.start_member()
+        assert node.ref("echo/1").ask(1) == 1
+
+
+def test_a_node_that_waits_out_a_crash_says_when_its_time_is_not_enough(
+    tmp_path: Path,
+) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    store = open_store(url)
+    store.open_session(SessionRecord(session=SessionId("gone.1#1"), ttl_ms=60_000))
+    store.close()
+    node = PlacementNode("n", kinds=KINDS, store=url, **FAST)
+    with pytest.raises(NotReady, match=r"gone\.1#1 is not over yet"):
+        node.start_member(timeout=0.1)
+    node.stop()
 
 
 def test_a_cluster_waits_out_what_a_crash_left_behind(tmp_path: Path) -> None:
