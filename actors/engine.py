@@ -27,6 +27,7 @@ from placement.session import Watch
 from placement.topology import Address, SessionId, Topology
 
 _STOP_S = 10.0
+_YEAR_S = 365 * 86_400.0
 
 
 class StoreInUse(ValueError):
@@ -59,8 +60,8 @@ class Settings:
             raise ValueError(f"partitions must be 1 to 2**20, not {self.partitions}")
         for name in ("ttl", "ask_timeout", "cache_ttl"):
             seconds = getattr(self, name)
-            if not 0.01 <= seconds < math.inf:  # noqa: PLR2004
-                raise ValueError(f"{name} must be at least 0.01 s, not {seconds}")
+            if not 0.01 <= seconds <= _YEAR_S:  # noqa: PLR2004
+                raise ValueError(f"{name} must be 0.01 s to a year, not {seconds}")
         if not 0 <= self.margin_s < self.ttl:
             raise ValueError(f"margin must be 0 to ttl, not {self.margin}")
         if not 0 < self.renew_every_s < self.ttl - self.margin_s:

@@ -31,7 +31,13 @@ from actors.placement_actor import (
     Stop,
 )
 from actors.postbox import Postbox
-from actors.reference import BlockingInGrain, Verbs, kind_among
+from actors.reference import (
+    TIMEOUT_MAX_S,
+    BlockingInGrain,
+    Verbs,
+    kind_among,
+    timeout_of,
+)
 from actors.store_actor import Perform
 from actors.threaded import ThreadedActivation
 from messages import payload as payloads
@@ -468,7 +474,7 @@ class PlacementNode(Verbs):
             NotReady: it did not within `timeout` seconds.
         """
         with self._changed:
-            if not self._changed.wait_for(fact, timeout):
+            if not self._changed.wait_for(fact, min(timeout, TIMEOUT_MAX_S)):
                 raise NotReady(f"{self.name}: {self._why_not} after {timeout} s")
 
     def _is_in(self, session: SessionId | None) -> bool:
@@ -572,9 +578,11 @@ class PlacementNode(Verbs):
 
         Raises:
             BadIdentity: it is none.
+            ValueError: `timeout` is none.
             PlacementError: it cannot be, by the reason's own class.
         """
         self._sender.may_block()
+        timeout = timeout_of(timeout)
         limit = self.settings.ask_timeout if timeout is None else timeout
         future = self.seek(identity, timeout=timeout)
         pid = future.get(timeout=limit + 2)
@@ -593,7 +601,9 @@ class PlacementNode(Verbs):
 
         Raises:
             BadIdentity: it is none.
+            ValueError: `timeout` is none.
         """
+        timeout = timeout_of(timeout)
         future = self._engine.future()
         self._outbox.seek(Identity.parse(identity), timeout, future)
         return future

@@ -17,6 +17,24 @@ A = TypeVar("A")
 _GRACE_S = 2.0
 
 
+TIMEOUT_MAX_S = 365 * 86_400.0
+
+
+def timeout_of(seconds: Any) -> float | None:
+    """How long to wait, at most a year; none is whatever is usual.
+
+    Raises:
+        ValueError: it is no number of seconds above 0.
+    """
+    if seconds is None:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise ValueError(f"timeout is seconds, not a {type(seconds).__name__}")  # noqa: TRY004
+    if not seconds > 0:  # also where it is not a number
+        raise ValueError(f"timeout must be above 0 seconds, not {seconds}")
+    return float(min(seconds, TIMEOUT_MAX_S))
+
+
 class BlockingInGrain(RuntimeError):
     """A Grain must not wait for an answer; it awaits it."""
 
@@ -75,8 +93,9 @@ class Ref:
         Raises:
             PlacementError: it was refused or failed, by the reason's own class.
             BadMessage: `message` or `request_id` cannot be carried.
+            ValueError: `timeout` is none.
         """
-        request_id = request_id_of(request_id)
+        request_id, timeout = request_id_of(request_id), timeout_of(timeout)
         if not block:
             return self._sender.ask(
                 self.identity, message, timeout=timeout, request_id=request_id
@@ -95,7 +114,7 @@ class Ref:
         request_id: str = "",
     ) -> Any:
         """Ask; awaiting it blocks neither an event loop nor a Grain's dispatcher."""
-        request_id = request_id_of(request_id)
+        request_id, timeout = request_id_of(request_id), timeout_of(timeout)
         return await self._sender.ask(
             self.identity, message, timeout=timeout, request_id=request_id
         )
@@ -239,6 +258,7 @@ class Verbs:
             PlacementError: it was refused or failed, by the reason's own class.
         """
         call, request_id = _call(call), request_id_of(request_id)
+        timeout = timeout_of(timeout)
         self._sender.may_block()
         future = self._sender.ask(
             call.identity, call.payload, timeout=timeout, request_id=request_id

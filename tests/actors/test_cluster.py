@@ -12,7 +12,7 @@ import pytest
 from actors import Cluster, Grain, Kind, PlacementNode
 from actors.activation import Mail
 from actors.cluster import StoreInUse
-from actors.engine import EmbeddedEngine
+from actors.engine import EmbeddedEngine, Settings
 from actors.future import Future
 from actors.grain import ARGUMENTS, CALL
 from actors.outbox import _Asked
@@ -951,3 +951,42 @@ def test_what_another_node_would_refuse_is_refused_to_the_sender(
             with pytest.raises(BadMessage, match="request_id"):
                 ref.tell(1, request_id=request_id)
         assert ref.ask(1, request_id="x" * 512) == 1
+
+
+@pytest.mark.parametrize("timeout", [math.nan, 0, -1, -math.inf, "1", True, b"", [1]])
+def test_a_timeout_that_is_none_is_refused_before_anything_is_sent(
+    cluster: Cluster, timeout: Any
+) -> None:
+    before = cluster._entry._outbox._last_number
+    ref, call = cluster.ref("echo/1"), cluster.proxy(Account, "1").balance()
+    asks: tuple[Callable[[], Any], ...] = (
+        lambda: ref.ask(1, timeout=timeout),
+        lambda: ref.ask(1, block=False, timeout=timeout),
+        lambda: asyncio.run(ref.ask_async(1, timeout=timeout)),
+        lambda: cluster.ask(call, timeout=timeout),
+        lambda: cluster.resolve("echo/1", timeout=timeout),
+    )
+    for ask in asks:
+        with pytest.raises(ValueError, match="timeout"):
+            ask()
+    assert cluster._entry._outbox._last_number == before
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e10, 1e300, 10**400, 1e-9])
+def test_a_long_timeout_is_a_year_and_a_short_one_is_over(
+    cluster: Cluster, timeout: Any
+) -> None:
+    try:
+        for name in cluster.nodes:
+            assert cluster.node(name).ref("echo/1").ask(1, timeout=timeout) == 1
+        assert cluster.ask(
+            cluster.proxy(Account, "1").balance(), timeout=timeout
+        ) == Decimal(0)
+        assert cluster.resolve("echo/1", timeout=timeout).identity == "echo/1"
+    except (OutcomeUnknown, PlacementError):
+        assert timeout < 1
+
+
+def test_settings_of_more_than_a_year_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"ask_timeout must be 0\.01 s to a year"):
+        Settings(ask_timeout=1e10)

@@ -573,3 +573,12 @@ def test_logs_are_quiet_until_they_are_configured(
     finally:
         root.handlers[:] = before
         root.setLevel(level)
+
+
+@pytest.mark.parametrize("timeout", [1e300, 10**400, float("inf"), None])
+def test_a_future_may_be_waited_for_as_long_as_anybody_likes(timeout: Any) -> None:
+    future = Future()
+    timer = threading.Timer(0.01, future.set, [5])
+    timer.start()
+    assert future.get(timeout=timeout) == 5
+    timer.join()
