@@ -498,7 +498,7 @@ class GrainActivation:
         else:
             failure = (
                 error
-                if isinstance(error, HandlerFailed)
+                if isinstance(error, HandlerFailed | Deadlock)
                 else HandlerFailed(type(error).__name__, str(error))
             )
             self._troubled(error)
