@@ -61,7 +61,9 @@ class Settings:
         for name in ("ttl", "ask_timeout", "cache_ttl"):
             seconds = getattr(self, name)
             if not 0.01 <= seconds <= _YEAR_S:  # noqa: PLR2004
-                raise ValueError(f"{name} must be 0.01 s to a year, not {seconds}")
+                raise ValueError(
+                    f"{name} must be at least 0.01 s and at most a year, not {seconds}"
+                )
         if not 0 <= self.margin_s < self.ttl:
             raise ValueError(f"margin must be 0 to ttl, not {self.margin}")
         if not 0 < self.renew_every_s < self.ttl - self.margin_s:

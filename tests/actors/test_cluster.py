@@ -988,5 +988,5 @@ def test_a_long_timeout_is_a_year_and_a_short_one_is_over(
 
 
 def test_settings_of_more_than_a_year_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"ask_timeout must be 0\.01 s to a year"):
+    with pytest.raises(ValueError, match=r"ask_timeout must be .* at most a year"):
         Settings(ask_timeout=1e10)
