@@ -250,9 +250,9 @@ class EmbeddedEngine:
             self._table = self._table.adopt(topology)
         return self._table
 
-    def close(self) -> None:
+    def close(self, *, timeout_s: float | None = None) -> None:
         """Free threads and connections, within a time: a store may hang."""
-        until_s = time.monotonic() + _STOP_S
+        until_s = time.monotonic() + (_STOP_S if timeout_s is None else timeout_s)
 
         def left_s() -> float:
             return max(0.0, until_s - time.monotonic())
