@@ -61,6 +61,12 @@ class ClusterEvents:
             for subscription in self._subscriptions:
                 stream.add(subscription)
 
+    def discard(self, stream: EventStream) -> None:
+        """A node is gone, with all that it had to say."""
+        with self._lock:
+            if stream in self._streams:
+                self._streams.remove(stream)
+
     def close(self, left_s: Callable[[], float] = lambda: CANCEL_S) -> None:
         """Deliver what waits, within the time that is left, and end."""
         for subscription in tuple(self._subscriptions):
@@ -210,6 +216,7 @@ class Cluster(Verbs):
             self._take_in(name, node)
         except BaseException:
             node.kill()
+            self.events.discard(node.events)
             raise
         finally:
             with self._lock:
@@ -234,6 +241,7 @@ class Cluster(Verbs):
             node = self._nodes.pop(name)
         session = node.session
         node.stop(timeout=timeout)
+        self.events.discard(node.events)
         if session is not None:
             # Let no later resolution find it in what the entry remembers.
             self._entry._need_topology(0)  # noqa: SLF001
@@ -250,6 +258,7 @@ class Cluster(Verbs):
         with self._lock:
             node = self._nodes.pop(name)
         node.kill()
+        self.events.discard(node.events)
 
     def _settle(self) -> None:
         """Wait until every node knows all that run."""

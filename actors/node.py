@@ -79,7 +79,7 @@ from placement.partition import PartitionTable
 from placement.pidcache import PidCache, PlacementResolution
 from placement.registry import VirtualActorRegistry
 from placement.session import Observer, OwnSession
-from placement.topology import Member, SessionId, Topology
+from placement.topology import Member, SessionId, Topology, address_of
 
 STOP_S = 10.0
 START_S = 30.0
@@ -872,6 +872,8 @@ class PlacementNode(Verbs):
         self, session: SessionId | None, why: str, guard: Guard | None = None
     ) -> None:
         """The session began, or is over."""
+        # That of a session that is over has been shut, for good.
+        self._guards.clear()
         if session is not None and guard is not None:
             self._guards[session] = guard
         with self._changed:
@@ -897,6 +899,10 @@ class PlacementNode(Verbs):
                     reason=f"{len(topology.members)} members",
                 )
             )
+        addresses = {member.address for member in topology.members}
+        for over in closed:
+            if address_of(over) not in addresses:
+                self._postbox.forget(address_of(over))
         self._outbox.adopt(table, closed)
         self._tell(
             self._coordinator,

@@ -1078,3 +1078,15 @@ def test_the_cluster_serves_while_a_node_is_added_and_ends_it_when_stopped() -> 
     assert gate.wait(5)
     thread.join()
     assert len(failed) == 1
+
+
+def test_nothing_is_kept_of_nodes_that_are_gone(cluster: Cluster) -> None:
+    node = cluster.node("node-1")
+    for name in ("node-4", "node-5"):
+        cluster.add_node(name)
+        cluster.remove_node(name)
+    cluster.add_node("node-6")
+    cluster.kill_node("node-6")
+    assert len(cluster.events._streams) == 1 + 3
+    assert len(node._guards) == 1
+    eventually(lambda: len(node._postbox._departed) == 2)
