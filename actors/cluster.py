@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Self
 
 from actors.engine import EmbeddedEngine, Engine, Settings, StoreInUse
@@ -286,9 +287,11 @@ class Cluster(Verbs):
             epoch=entry.epoch,
             members=tuple(member.node for member in entry.members),
             partitions=entry.partitions,
-            activations={name: len(each.activations) for name, each in nodes.items()},
+            activations=MappingProxyType(
+                {name: len(each.activations) for name, each in nodes.items()}
+            ),
             stuck=tuple(str(i) for each in nodes.values() for i in each.stuck),
-            nodes=nodes,
+            nodes=MappingProxyType(nodes),
             observed_at_ms=entry.observed_at_ms,
         )
 

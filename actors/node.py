@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 import pykka
@@ -494,6 +495,7 @@ class PlacementNode(Verbs):
     def drain(self) -> None:
         """Own no partitions, start nothing new and end what runs; stay a member."""
         self._state = "draining"
+        self._publish(Happened(kind="placement", name="Draining"))
         self._tell_placement(Drain(f"{self.name} is draining"))
 
     def stop(self, *, timeout: float = STOP_S) -> None:
@@ -707,7 +709,7 @@ class PlacementNode(Verbs):
             state=self._state,
             epoch=self.epoch,
             members=() if table is None else table.topology.members,
-            partitions={str(s): count for s, count in counts.items()},
+            partitions=MappingProxyType({str(s): count for s, count in counts.items()}),
             activations=tuple(
                 ActivationSnapshot(
                     identity=each.pid.identity,

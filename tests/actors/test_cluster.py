@@ -992,6 +992,26 @@ def test_settings_of_more_than_a_year_are_refused() -> None:
         Settings(ask_timeout=1e10)
 
 
+def test_the_mappings_of_snapshots_cannot_be_changed(cluster: Cluster) -> None:
+    seen = cluster.snapshot()
+    mappings: tuple[Any, ...] = (
+        seen.partitions,
+        seen.activations,
+        seen.nodes,
+        seen.nodes["node-1"].partitions,
+    )
+    for mapping in mappings:
+        assert mapping
+        with pytest.raises(TypeError):
+            mapping["x"] = 1
+
+
+def test_a_drain_is_an_event_of_its_own(cluster: Cluster) -> None:
+    node = cluster.node("node-1")
+    node.drain()
+    assert node.events.counts["Draining"] == 1
+
+
 def stuck_node(gate: str) -> tuple[PlacementNode, Future]:
     """A node in whose turn a Grain does not come back."""
     GATES[gate] = threading.Event()
