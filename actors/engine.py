@@ -131,7 +131,10 @@ class Engine(Protocol):
     system: Dispatcher
     entries: "pykka.ActorRef[Any]"
     sessions: "pykka.ActorRef[Any]"
-    start_reader: StartReader
+
+    @property
+    def start_reader(self) -> StartReader:
+        """How the subscribers of events are read for."""
 
     def dispatcher(self, name: str) -> GrainDispatcher:
         """A dispatcher for one node's Grains."""

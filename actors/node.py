@@ -13,7 +13,7 @@ from actors.activation import Activation, GrainActivation, Mail
 from actors.coordinator import Arrived, PartitionCoordinator, TopologyChanged
 from actors.engine import EmbeddedEngine, Engine, Settings
 from actors.event_stream import EventStream
-from actors.future import Future, running
+from actors.future import BlockingInGrain, Future, must_not_block
 from actors.grain import encode_rejected
 from actors.kind import Kind
 from actors.log import log
@@ -22,7 +22,6 @@ from actors.placement_actor import (
     BeginClient,
     BeginMember,
     Drain,
-    EndActivation,
     EndIdle,
     HasEnded,
     HasFailed,
@@ -32,13 +31,7 @@ from actors.placement_actor import (
     Stop,
 )
 from actors.postbox import Postbox
-from actors.reference import (
-    TIMEOUT_MAX_S,
-    BlockingInGrain,
-    Verbs,
-    kind_among,
-    timeout_of,
-)
+from actors.reference import TIMEOUT_MAX_S, Verbs, kind_among, timeout_of
 from actors.store_actor import Perform
 from actors.threaded import ThreadedActivation
 from messages import payload as payloads
@@ -242,7 +235,7 @@ class _NodeSender:
         )
 
     def may_block(self) -> None:
-        if running.activation is not None:
+        if must_not_block():
             raise BlockingInGrain
 
 
@@ -290,9 +283,6 @@ class _NodeHost:
         if self._witness is not None and not self._node.is_dead:
             self._witness.stopped(pid)
         self._tell(HasEnded(pid, version, snapshot))
-
-    def passivate(self, pid: Pid) -> None:
-        self._tell(EndActivation(pid.identity, pid.fencing_token))
 
     def seal(self, activation: Activation) -> None:
         with self._node._outbox.lock:  # noqa: SLF001
@@ -445,8 +435,17 @@ class PlacementNode(Verbs):
             NotReady: it was started before, or did not become one in time.
             StoreInUse: another process lives in the store of this node's own.
         """
-        self._start(BeginMember(), timeout)
+        self.begin_member(timeout=timeout)
         self._await_start(lambda: self._is_in(self._session), "member", timeout)
+
+    def begin_member(self, *, timeout: float = START_S) -> None:
+        """Begin to start as a member, without waiting until it is one.
+
+        Raises:
+            NotReady: it was started before.
+            StoreInUse: another process lives in the store of this node's own.
+        """
+        self._start(BeginMember(), timeout)
 
     def start_client(self, *, timeout: float = START_S) -> None:
         """Resolve and send, and never host; returns when members are known.
@@ -477,6 +476,16 @@ class PlacementNode(Verbs):
                 raise NotReady(f"{self.name} was ended before it had started")
             if self._state == "starting":
                 self._state = state
+
+    def begin_stop(self) -> None:
+        """Begin to stop: `has_left` says when it has left in good order."""
+        self._state = "stopping"
+        self._tell_placement(Stop())
+
+    @property
+    def has_left(self) -> bool:
+        """Whether nothing of it is held any more, after `begin_stop`."""
+        return self._has_left
 
     def wait_for(self, fact: Callable[[], bool], timeout: float) -> None:
         """Wait until `fact` holds of what this node knows of the cluster.
@@ -514,7 +523,6 @@ class PlacementNode(Verbs):
             self._end_killed(until_ns)
             return
         was_started = self._state != "new"
-        self._state = "stopping"
         if was_started:
             self._leave(until_ns)
         self._state, self._why_not = "stopped", f"{self.name} has stopped"
@@ -553,7 +561,7 @@ class PlacementNode(Verbs):
 
     def _leave(self, until_ns: int) -> None:
         """End the session in good order, if there is time."""
-        self._tell_placement(Stop())
+        self.begin_stop()
         with self._changed:
             self._changed.wait_for(
                 lambda: self._has_left or self.is_dead, self._left_s(until_ns)
@@ -865,7 +873,7 @@ class PlacementNode(Verbs):
         """An activation of `pid`, not started, and when it counts as idle."""
         kind = self._kinds[pid.identity.kind]
         activation_class: Any = (
-            ThreadedActivation if kind.is_threaded else GrainActivation
+            GrainActivation if kind.is_threaded is False else ThreadedActivation
         )
         made = activation_class(pid, record, guard=guard, kind=kind, host=self._host)
         return made, kind.idle_after
@@ -892,6 +900,8 @@ class PlacementNode(Verbs):
         is_new = self._table is None or self._table.epoch != table.epoch
         with self._changed:
             self._table = table
+            if self._state == "starting" and self._is_in(self._session):
+                self._state = "member"
             self._changed.notify_all()
         if is_new:
             self._publish(

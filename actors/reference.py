@@ -35,15 +35,6 @@ def timeout_of(seconds: Any) -> float | None:
     return float(min(seconds, TIMEOUT_MAX_S))
 
 
-class BlockingInGrain(RuntimeError):
-    """A Grain must not wait for an answer; it awaits it."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            "a Grain must not block: use await ref.ask_async(...), or await the call"
-        )
-
-
 class Sender(Protocol):
     """Who sends: a node, a cluster, or the context of an activation."""
 

@@ -24,6 +24,18 @@ def text_of(value: object) -> str:
     return clean if len(clean) <= TEXT_MAX else clean[:TEXT_MAX]
 
 
+def describe(error: BaseException) -> tuple[str, str]:
+    """The name of the type and the text of `error`, which user code has raised.
+
+    Its own `__str__` may raise too, and what it says may be of any length.
+    """
+    try:
+        text = str.__str__(str(error))
+    except BaseException as raised:  # noqa: BLE001  user code may raise anything
+        text = f"its text cannot be had, {type(raised).__name__} was raised"
+    return text_of(type(error).__name__), text_of(text)
+
+
 class PlacementError(Exception):
     """A refused or unfinished request; each subclass is named by its reason.
 
@@ -76,7 +88,12 @@ class Overloaded(PlacementError):
 
 
 class Deadlock(PlacementError):
-    """The chain of calls comes back to an identity that is waiting in it."""
+    """The chain of calls comes back to an identity that is waiting in it.
+
+    It passes through the handlers of the chain, which had begun, to their callers.
+    """
+
+    may_have_happened: ClassVar[bool] = True
 
 
 class BadMessage(PlacementError, ValueError):

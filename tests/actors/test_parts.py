@@ -8,7 +8,7 @@ import pykka
 import pytest
 
 from actors.clock import SystemClock
-from actors.dispatch import Alarm, DispatchedActor, ThreadDispatcher
+from actors.dispatch import SWEEP_MIN, Alarm, DispatchedActor, ThreadDispatcher
 from actors.engine import EmbeddedEngine
 from actors.event_stream import WAITING_MAX, EventStream
 from actors.future import Future
@@ -77,6 +77,41 @@ def test_timers_run_by_their_time_and_can_be_cancelled() -> None:
     eventually(lambda: not dispatcher._thread.is_alive())
 
 
+def test_cancelled_timers_are_swept_out_where_they_are_the_most() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    later = dispatcher.now_ns() + 3_600_000_000_000
+    timers = [dispatcher.call_at(later, int) for _ in range(1_000)]
+    eventually(lambda: len(dispatcher._timers) == 1_000)
+    for timer in timers[:990]:
+        timer.cancel()
+        timer.cancel()
+    eventually(lambda: len(dispatcher._timers) < 10 + 2 * SWEEP_MIN)
+    assert all(each in [t[2] for t in dispatcher._timers] for each in timers[990:])
+    dispatcher.call_at(later, int).cancel()
+    dispatcher.stop(5)
+
+
+def test_a_timer_that_is_very_far_harms_no_dispatcher() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    seen: list[int] = []
+    dispatcher.call_at(1 << 80, int)
+    dispatcher.post(seen.append, 1)
+    eventually(lambda: seen == [1])
+    assert dispatcher.stop(5)
+
+
+def test_a_turn_that_exits_harms_no_other() -> None:
+    def leaves() -> None:
+        raise SystemExit
+
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    seen: list[int] = []
+    dispatcher.post(leaves)
+    dispatcher.post(seen.append, 1)
+    assert dispatcher.stop(5)
+    assert seen == [1]
+
+
 def test_a_killed_dispatcher_runs_nothing_that_waits() -> None:
     dispatcher = ThreadDispatcher("t", CLOCK)
     inside, gate = threading.Event(), threading.Event()
@@ -137,6 +172,7 @@ class Adder(DispatchedActor):
 def test_a_dispatched_actor_is_a_pykka_actor() -> None:
     dispatcher = ThreadDispatcher("t", CLOCK)
     ref = Adder.start(dispatcher)
+    assert not pykka.ActorRegistry.get_by_class(Adder)
     for number in range(1_000):
         ref.tell(number)
     assert ref.ask(0) == 499_500
@@ -148,7 +184,6 @@ def test_a_dispatched_actor_is_a_pykka_actor() -> None:
     with pytest.raises(pykka.ActorDeadError):
         ref.tell(1)
     dispatcher.stop(5)
-    assert not pykka.ActorRegistry.get_by_class(Adder)
 
 
 def test_an_actor_that_raises_when_told_stops_and_says_so() -> None:
@@ -157,7 +192,6 @@ def test_an_actor_that_raises_when_told_stops_and_says_so() -> None:
     dispatcher.post(gate.wait, 5)
     bugs: list[BaseException] = []
     actor = Adder(dispatcher, bugs.append)
-    pykka.ActorRegistry.register(actor.actor_ref)
     actor._start_actor_loop()
     actor.actor_ref.tell("x")
     waiting = actor.actor_ref.ask(1, block=False)
