@@ -407,6 +407,7 @@ class PlacementActor(DispatchedActor):
                 case SessionLapsed(session, why):
                     self._node.session_changed(None, why)
                     self._host(self._hosting.lapse(session, why))
+                    self._guards.pop(session, None)
                 case SessionEnded():
                     self._node.session_ended()
                 case TopologyAdopted(topology, closed):
