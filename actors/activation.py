@@ -34,7 +34,7 @@ from placement.errors import (
     Rejected,
     StoreFailed,
     describe,
-    sayable,
+    text_of,
 )
 from placement.event import Happened
 from placement.identity import Identity
@@ -225,11 +225,11 @@ def _as_it_travels(error: BaseException) -> PlacementError:
                 return decode_rejected(*encode_rejected(error))
             except BaseException as bad:  # its fields are user code too
                 _, text = describe(bad)
-                return HandlerFailed(type(error).__name__, sayable(f"rejected: {text}"))
+                return HandlerFailed(type(error).__name__, text_of(f"rejected: {text}"))
         case Deadlock():
             return Deadlock(describe(error)[1])
         case HandlerFailed():
-            return HandlerFailed(sayable(error.type_name), sayable(error.text))
+            return HandlerFailed(text_of(error.type_name), text_of(error.text))
     return HandlerFailed(*describe(error))
 
 
@@ -447,7 +447,7 @@ class GrainActivation:
         if isinstance(failure, BadMessage) and is_call and not turn.name:
             # It was refused before its handler was entered.
             self._turn = None
-            mail.origin.failed(mail, BadMessage(sayable(failure.message)))
+            mail.origin.failed(mail, BadMessage(text_of(failure.message)))
             return
         self._returned(turn, result, failure)
 
@@ -552,7 +552,7 @@ class GrainActivation:
                 result = payloads.copy(result)
             except BaseException as bad:  # its types are user code too
                 type_name, text = describe(bad)
-                error = HandlerFailed(type_name, sayable(f"its answer: {text}"))
+                error = HandlerFailed(type_name, text_of(f"its answer: {text}"))
         if error is None:
             if mail.is_ask:
                 self._emit(
@@ -612,7 +612,7 @@ class GrainActivation:
         self._state = "ended"
         self._end_timers()
         self._host.seal(self)
-        why = sayable(f"{self.pid.identity}: {': '.join(describe(error))}")
+        why = text_of(f"{self.pid.identity}: {': '.join(describe(error))}")
         is_deadlock = isinstance(error, Deadlock)
         self._tell_end(Refusal("Deadlock" if is_deadlock else "ActivationFailed", why))
         self._over()
@@ -805,7 +805,7 @@ class GrainActivation:
         self._gate.fail(error)
         unknown = OutcomeUnknown(f"{self.pid.identity}: a save failed: {error.message}")
         why = f"{self.pid.identity}: a save failed: {error.message}"
-        self._end_now(unknown, Refusal("ActivationFailed", sayable(why)))
+        self._end_now(unknown, Refusal("ActivationFailed", text_of(why)))
 
     # --- what the context asks for -------------------------------------------
 

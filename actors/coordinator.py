@@ -39,7 +39,15 @@ from placement.claim import (
     StartAt,
     TellHolderState,
 )
-from placement.contracts import Acquire, Acquired, Failed, LockHeld, Release, Released
+from placement.contracts import (
+    Acquire,
+    Acquired,
+    Failed,
+    LockHeld,
+    LockRefused,
+    Release,
+    Released,
+)
 from placement.entry import Acquisition
 from placement.errors import Refusal
 from placement.event import Happened
@@ -169,7 +177,7 @@ class PartitionCoordinator(DispatchedActor):
             self._perform(self._claims.tick(now_ns=self.dispatcher.now_ns()))
 
     def _acquired(
-        self, request: Acquire, outcome: Acquired | LockHeld | Failed
+        self, request: Acquire, outcome: Acquired | LockHeld | LockRefused | Failed
     ) -> None:
         if not self._is_dead():
             now_ns = self.dispatcher.now_ns()

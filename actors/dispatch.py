@@ -279,11 +279,14 @@ class DispatchedActor(pykka.Actor):
         batch: list[Any] = []
         while inbox.envelopes and len(batch) < self.batch_max:
             batch.append(inbox.envelopes.popleft())
-        self._handle_batch(batch)
-        if self.actor_stopped.is_set():
-            self._actor_loop_teardown()
-        else:
-            inbox.rest()
+        try:
+            self._handle_batch(batch)
+        finally:
+            # Without it nothing would ever wake the actor again.
+            if self.actor_stopped.is_set():
+                self._actor_loop_teardown()
+            else:
+                inbox.rest()
 
     def _handle_batch(self, batch: list[Any]) -> None:
         for envelope in batch:

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Generator
+from threading import TIMEOUT_MAX
 from typing import Any
 
 import pykka
@@ -71,7 +72,8 @@ class Future(pykka.Future[Any]):
             latch = threading.Lock()
             latch.acquire()
             self.on_done(lambda _: latch.release())
-            if not latch.acquire(timeout=-1 if timeout is None else max(0, timeout)):
+            limit = -1 if timeout is None else min(max(0, timeout), TIMEOUT_MAX)
+            if not latch.acquire(timeout=limit):
                 raise OutcomeUnknown(f"no answer within {timeout} s")
         if self._error is not None:
             raise self._error

@@ -25,6 +25,7 @@ from placement.contracts import (
     Load,
     Loaded,
     LockHeld,
+    LockRefused,
     Release,
     Released,
     Save,
@@ -97,7 +98,7 @@ class RecordStore(ABC):
 
     The lock is kept beside the entry, and its writes leave the entry's revision
     alone. Beyond what the contracts ask, a session that is closed takes no lock
-    (`Failed`) and claims nothing (`ClaimRefused`).
+    (`LockRefused`) and claims nothing (`ClaimRefused`).
     """
 
     snapshot_bytes_max = 1_000_000_000
@@ -157,7 +158,7 @@ class RecordStore(ABC):
 
     def try_acquire(
         self, requests: Sequence[Acquire], /
-    ) -> Sequence[Acquired | LockHeld | Failed]:
+    ) -> Sequence[Acquired | LockHeld | LockRefused | Failed]:
         """Take each lock that is free, or already held by that acquisition."""
         return self._each(self._acquire, requests)
 
@@ -237,15 +238,15 @@ class RecordStore(ABC):
 
     # --- the rules, one request each ---
 
-    def _acquire(self, request: Acquire, now_ms: int) -> Acquired | LockHeld | Failed:
+    def _acquire(
+        self, request: Acquire, now_ms: int
+    ) -> Acquired | LockHeld | LockRefused:
         identity, wanted = request.identity, request.acquisition
         row = self._row(identity)
         held = row.lock
         if held is None or not self._is_open_once_settled(held.session):
             if self._is_closed(wanted.session):
-                return Failed(
-                    f"session {wanted.session} is closed", may_have_happened=False
-                )
+                return LockRefused(f"session {wanted.session} is closed")
             _check_numbers(wanted.procedure)
             row.lock = wanted
             self._keep_row(identity, row)

@@ -12,7 +12,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from placement.contracts import Acquire, Acquired, Failed, LockHeld, Release
+from placement.contracts import (
+    Acquire,
+    Acquired,
+    Failed,
+    LockHeld,
+    LockRefused,
+    Release,
+)
 from placement.entry import Acquisition, Pid
 from placement.errors import NoAuthority, Refusal
 from placement.event import Happened
@@ -316,7 +323,7 @@ class Claims:
     def acquired(
         self,
         request: Acquire,
-        outcome: Acquired | LockHeld | Failed,
+        outcome: Acquired | LockHeld | LockRefused | Failed,
         *,
         now_ns: int,
     ) -> tuple[ClaimEffect, ...]:
@@ -324,7 +331,7 @@ class Claims:
         procedure = self._found(request.identity, request.acquisition)
         if procedure is None:
             # Nobody wants it any more: a lock taken late must not stay.
-            if isinstance(outcome, LockHeld):
+            if isinstance(outcome, LockHeld | LockRefused):
                 return ()
             return (ReleaseLock(Release(request.identity, request.acquisition)),)
         if procedure.phase != "acquiring":
@@ -334,6 +341,14 @@ class Claims:
                 return (
                     *self._end(procedure),
                     *self._refuse_all(procedure, Refusal("StoreFailed", message)),
+                )
+            case LockRefused(message):
+                # Our session is over, which we may not know yet: nothing has
+                # happened, and the next owner of the partition serves.
+                procedure.may_hold = False
+                return (
+                    *self._end(procedure),
+                    *self._refuse_all(procedure, Refusal("NotReady", message)),
                 )
             case LockHeld(holder):
                 return self._held(procedure, holder, now_ns)

@@ -74,6 +74,17 @@ class LockHeld:
 
 
 @dataclass(frozen=True, slots=True)
+class LockRefused:
+    """The acquisition's own session is closed: it takes no lock any more.
+
+    Nothing was written, and another member may take it at once. A store need not
+    look: a lock of a closed session is free anyway.
+    """
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
     """Give back the lock, where that acquisition still holds it."""
 
@@ -96,7 +107,7 @@ class PlacementLock(Protocol):
 
     def try_acquire(
         self, requests: Sequence[Acquire], /
-    ) -> Sequence[Acquired | LockHeld | Failed]:
+    ) -> Sequence[Acquired | LockHeld | LockRefused | Failed]:
         """Take each lock that is free, or already held by that acquisition."""
         ...
 

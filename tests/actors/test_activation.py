@@ -300,7 +300,8 @@ def test_an_error_that_cannot_say_itself_is_told_all_the_same(
         ref.ask(["unsayable"])
     with pytest.raises(HandlerFailed) as caught:
         ref.ask(["long"])
-    assert caught.value.text == "?" + "x" * (TEXT_MAX - 1)
+    assert caught.value.text.startswith("\\ud800xxx")
+    assert len(caught.value.text) <= TEXT_MAX
     with pytest.raises(ActivationFailed, match="Unsayable"):
         node.ref("wild/unsayable").ask(1)
     ending = node.ref("wild/unsayable end")
@@ -311,7 +312,7 @@ def test_an_error_that_cannot_say_itself_is_told_all_the_same(
 
 
 def test_texts_of_errors_are_valid_and_bounded() -> None:
-    assert describe(ValueError("a\ud800b")) == ("ValueError", "a?b")
+    assert describe(ValueError("a\ud800b")) == ("ValueError", "a\\ud800b")
     assert len(describe(ValueError("x" * 10_000))[1]) == 4_096
     assert describe(Unsayable())[0] == "Unsayable"
 

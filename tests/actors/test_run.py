@@ -286,7 +286,7 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         ),
         (["--kind", "item=tests.actors.test_run:SLOW"], "above the safety margin"),
         (["--report", "/no/such/folder/r.jsonl"], "there is no such folder"),
-        (["--ttl", "0"], "ttl must be at least"),
+        (["--ttl", "0"], "ttl must be 0.01 s"),
         (["--renew-every", "9"], "renew_every of 9.0"),
         (["--margin", "9"], "margin must be"),
         (["--partitions", "0"], "partitions must be"),

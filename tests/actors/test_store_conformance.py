@@ -27,6 +27,7 @@ from placement.contracts import (
     Load,
     Loaded,
     LockHeld,
+    LockRefused,
     Release,
     Released,
     Save,
@@ -119,7 +120,7 @@ def test_r2_3_a_closed_session_takes_no_lock_and_claims_nothing(
         acquired = store.try_acquire([Acquire(cart, mine)])
         claimed = store.claim([Claim(cart, gone, 1, mine, 0)])
 
-        assert late == [Failed("session a.1#1 is closed", may_have_happened=False)]
+        assert late == [LockRefused("session a.1#1 is closed")]
         assert isinstance(acquired[0], Acquired)
         assert isinstance(claimed[0], ClaimRefused)
         assert claimed[0].message == "session a.1#1 is closed"
@@ -221,7 +222,9 @@ class ClaimsFromAnEarlierRead(MemoryStore):
 
 
 class SharesTheLock(MemoryStore):
-    def _acquire(self, request: Acquire, now_ms: int) -> Acquired | LockHeld | Failed:
+    def _acquire(
+        self, request: Acquire, now_ms: int
+    ) -> Acquired | LockHeld | LockRefused:
         outcome = super()._acquire(request, now_ms)
         if isinstance(outcome, LockHeld):
             self._row(request.identity).lock = request.acquisition
@@ -230,7 +233,9 @@ class SharesTheLock(MemoryStore):
 
 
 class DeniesTheSameAcquisition(MemoryStore):
-    def _acquire(self, request: Acquire, now_ms: int) -> Acquired | LockHeld | Failed:
+    def _acquire(
+        self, request: Acquire, now_ms: int
+    ) -> Acquired | LockHeld | LockRefused:
         held = self._row(request.identity).lock
         if held is not None and held == request.acquisition:
             return LockHeld(held)
@@ -238,7 +243,9 @@ class DeniesTheSameAcquisition(MemoryStore):
 
 
 class KeepsTheLockOfAClosedSession(MemoryStore):
-    def _acquire(self, request: Acquire, now_ms: int) -> Acquired | LockHeld | Failed:
+    def _acquire(
+        self, request: Acquire, now_ms: int
+    ) -> Acquired | LockHeld | LockRefused:
         held = self._row(request.identity).lock
         if held is not None and held != request.acquisition:
             return LockHeld(held)
@@ -475,7 +482,9 @@ class FindsNoOwnerOpen(MemoryStore):
 
 
 class LocksEverything(MemoryStore):
-    def _acquire(self, request: Acquire, now_ms: int) -> Acquired | LockHeld | Failed:
+    def _acquire(
+        self, request: Acquire, now_ms: int
+    ) -> Acquired | LockHeld | LockRefused:
         for row in self._contents.rows.values():
             if row.lock is not None and row.lock != request.acquisition:
                 return LockHeld(row.lock)

@@ -16,7 +16,7 @@ from placement.claim import (
     StartAt,
     TellHolderState,
 )
-from placement.contracts import Acquire, Failed, LockHeld, Release
+from placement.contracts import Acquire, Failed, LockHeld, LockRefused, Release
 from placement.entry import Acquisition, Pid
 from placement.errors import NoAuthority, Refusal
 from placement.identity import Identity
@@ -131,6 +131,23 @@ def test_r3_2_without_the_lock_nothing_is_started() -> None:
     assert only(effects, AskHolderSession).holder == holder
     assert made.holder_answered(CART, holder, 1, "running", now_ns=1) == ()
     assert only(made.holder_answered(CART, holder, 1, "free", now_ns=2), AcquireLock)
+
+
+def test_r3_2_where_its_own_session_is_closed_the_requesters_hear_not_ready() -> None:
+    made = claims()
+    request = lock(ask(made))
+    ask(made, 2)
+    over = LockRefused(f"session {A} is closed")
+
+    effects = made.acquired(request, over, now_ns=0)
+
+    # A refusal after which senders try again elsewhere; nothing is to be freed.
+    refusal = Refusal("NotReady", f"session {A} is closed")
+    refused = [each for each in effects if isinstance(each, Refuse)]
+    assert refused == [Refuse(to(1), CART, refusal), Refuse(to(2), CART, refusal)]
+    assert none_of(effects, ReleaseLock)
+    assert made.running_count == 0
+    assert made.acquired(request, over, now_ns=1) == ()
 
 
 def test_r2_5_concurrent_requests_are_one_procedure_and_one_answer_each() -> None:
