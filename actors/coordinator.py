@@ -27,10 +27,8 @@ from placement.claim import (
     AnswerPid,
     AskHolderSession,
     AskOwnerSession,
-    ChooseHost,
     ClaimEffect,
     Claims,
-    FindHere,
     NeedTopology,
     RedirectTo,
     Refuse,
@@ -85,8 +83,7 @@ class PartitionCoordinator(DispatchedActor):
         self,
         *,
         dispatcher: Dispatcher,
-        choose_host: ChooseHost,
-        find_here: FindHere,
+        claims: Claims,
         entries: pykka.ActorRef[Any],
         send: Callable[[Address, Frame], bool],
         need_topology: Callable[[int], None],
@@ -95,7 +92,7 @@ class PartitionCoordinator(DispatchedActor):
         on_bug: Callable[[BaseException], None],
     ) -> None:
         super().__init__(dispatcher=dispatcher, on_bug=on_bug)
-        self._claims = Claims(choose_host=choose_host, find_here=find_here)
+        self._claims = claims
         self._entries = entries
         self._send = send
         self._need_topology = need_topology

@@ -52,6 +52,7 @@ from messages.frames import (
     Started,
     StartRefused,
 )
+from placement.claim import Claims
 from placement.contracts import Failed, Save, Saved, Stale
 from placement.delivery import Deliveries
 from placement.entry import ActivationRecord, Pid
@@ -308,6 +309,18 @@ class PlacementNode(Verbs):
         ValueError: a setting makes no sense.
     """
 
+    #: What it is made of. A simulation puts variants in the place of these.
+    hosting_type: type[Hosting] = Hosting
+    claims_type: type[Claims] = Claims
+    session_type: type[OwnSession] = OwnSession
+    deliveries_type: type[Deliveries] = Deliveries
+    cache_type: type[PidCache] = PidCache
+    outbox_type: type[Outbox] = Outbox
+    postbox_type: type[Postbox] = Postbox
+    coordinator_type: type[PartitionCoordinator] = PartitionCoordinator
+    placement_type: type[PlacementActor] = PlacementActor
+    activation_type: type[GrainActivation] = GrainActivation
+
     def __init__(
         self,
         name: str,
@@ -348,7 +361,7 @@ class PlacementNode(Verbs):
         self.address = self._engine.address(name)
         self._grains = self._engine.dispatcher(f"grains-{name}")
         self._registry: VirtualActorRegistry[Activation] = VirtualActorRegistry()
-        self._postbox = Postbox(
+        self._postbox = self.postbox_type(
             cluster=settings.cluster,
             address=self.address,
             transport=self._engine.transport,
@@ -356,11 +369,11 @@ class PlacementNode(Verbs):
             handle=self._frame,
             publish=self._publish,
         )
-        self._outbox = Outbox(
+        self._outbox = self.outbox_type(
             own=self.address,
             dispatcher=self._engine.system,
-            deliveries=Deliveries(
-                PidCache(
+            deliveries=self.deliveries_type(
+                self.cache_type(
                     ttl_ns=round(settings.cache_ttl * 1e9), size_max=settings.cache_size
                 )
             ),
@@ -372,11 +385,13 @@ class PlacementNode(Verbs):
         )
         self._sender = _NodeSender(self._outbox, self._engine.future)
         self._host = _NodeHost(self)
-        hosting = Hosting(kinds=frozenset(self._kinds))
-        self._coordinator: pykka.ActorRef[Any] = PartitionCoordinator.start(
+        self._hosting = hosting = self.hosting_type(kinds=frozenset(self._kinds))
+        self._claims = self.claims_type(
+            choose_host=self._choose_host, find_here=hosting.serving
+        )
+        self._coordinator: pykka.ActorRef[Any] = self.coordinator_type.start(
             dispatcher=self._engine.system,
-            choose_host=self._choose_host,
-            find_here=hosting.serving,
+            claims=self._claims,
             entries=self._engine.entries,
             send=self._postbox.send,
             need_topology=self._need_topology,
@@ -385,9 +400,9 @@ class PlacementNode(Verbs):
             on_bug=self._break,
         )
         renew_ns = round(settings.renew_every_s * 1e9)
-        self._placement: pykka.ActorRef[Any] = PlacementActor.start(
+        self._placement: pykka.ActorRef[Any] = self.placement_type.start(
             dispatcher=self._engine.system,
-            own=OwnSession(
+            own=self.session_type(
                 self.address,
                 kinds=self._kinds,
                 weight=weight,
@@ -465,6 +480,14 @@ class PlacementNode(Verbs):
         self._outbox.open()
         self._tell_placement(message)
 
+    def begin_client(self, *, timeout: float = START_S) -> None:
+        """Begin to start as a client, without waiting until members are known.
+
+        Raises:
+            NotReady: it was started before.
+        """
+        self._start(BeginClient(), timeout)
+
     def begin_stop(self) -> None:
         """Begin to stop: `has_left` says when it has left in good order."""
         self._state = "stopping"
@@ -474,6 +497,26 @@ class PlacementNode(Verbs):
     def has_left(self) -> bool:
         """Whether nothing of it is held any more, after `begin_stop`."""
         return self._has_left
+
+    def leave_wire(self) -> None:
+        """Be sent nothing more; what has arrived already is handled."""
+        self._postbox.leave()
+
+    def hosted(self) -> tuple[Pid, ...]:
+        """What it has claimed and not given up, whatever goes on with it."""
+        return tuple(pid for _, _, pid in self._hosting.states() if pid is not None)
+
+    def waiting(self) -> tuple[tuple[str, Identity], ...]:
+        """What is under way here: where nothing is asked for it comes to an end."""
+        return (
+            *(
+                (state, identity)
+                for identity, state, _ in self._hosting.states()
+                if state != "active"
+            ),
+            *(("claim", each) for each in self._claims.waiting()),
+            *(("message", each) for each in self._outbox.waiting()),
+        )
 
     def wait_for(self, fact: Callable[[], bool], timeout: float) -> None:
         """Wait until `fact` holds of what this node knows of the cluster.
@@ -816,7 +859,7 @@ class PlacementNode(Verbs):
         """An activation of `pid`, not started, and when it counts as idle."""
         kind = self._kinds[pid.identity.kind]
         activation_class: Any = (
-            GrainActivation if kind.is_threaded is False else ThreadedActivation
+            self.activation_type if kind.is_threaded is False else ThreadedActivation
         )
         made = activation_class(
             pid, record, guard=guard, kind=kind, host=self._host, chain=chain

@@ -106,6 +106,12 @@ class Outbox:
         self._effects: deque[DeliveryEffect] = deque()
         self._is_performing = False
 
+    def waiting(self) -> tuple[Identity, ...]:
+        """The identities for which a message is held or an answer awaited."""
+        with self.lock:
+            asked = (each.message.identity for each in tuple(self._asked.values()))
+            return (*self._deliveries.held(), *asked)
+
     # --- the node ---
 
     def open(self) -> None:

@@ -214,6 +214,12 @@ class Claims:
         """How many procedures run."""
         return len(self._running)
 
+    def waiting(self) -> tuple[Identity, ...]:
+        """What a procedure runs for, or a newer topology or release is awaited for."""
+        ahead = (identity for identity, _, _ in self._ahead.values())
+        freeing = (identity for identity, _ in self._freeing)
+        return (*self._running, *ahead, *freeing)
+
     @property
     def due_ns(self) -> int | None:
         """When `tick` is wanted next; none while nothing waits."""

@@ -138,6 +138,10 @@ class Deliveries:
         """Whether messages wait, so that `tick` is wanted."""
         return bool(self._held)
 
+    def held(self) -> tuple[Identity, ...]:
+        """The identities for which messages wait."""
+        return tuple(self._held)
+
     # --- inputs: the node ---
 
     def open(self) -> None:
