@@ -123,9 +123,9 @@ class PartitionCoordinator(DispatchedActor):
     ) -> tuple[ClaimEffect, ...]:
         claims = self._claims
         match body:
-            case Resolve(request, identity, epoch, remaining_ms):
+            case Resolve(request, identity, epoch, remaining_ms, chain):
                 return claims.request(
-                    Requester(sender, request),
+                    Requester(sender, request, chain),
                     Identity.parse(identity),
                     epoch=epoch,
                     deadline_ns=now_ns + remaining_ms * 1_000_000,
@@ -215,7 +215,9 @@ class PartitionCoordinator(DispatchedActor):
                             identity, holder.session, holder.procedure, procedure, state
                         ),
                     )
-                case StartAt(host, identity, acquisition, revision, epoch, remaining):
+                case StartAt(
+                    host, identity, acquisition, revision, epoch, remaining, chain
+                ):
                     self._send(
                         address_of(host),
                         Start(
@@ -226,6 +228,7 @@ class PartitionCoordinator(DispatchedActor):
                             revision,
                             epoch,
                             remaining // 1_000_000,
+                            chain,
                         ),
                     )
                 case AnswerPid(to, pid):

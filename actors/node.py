@@ -911,14 +911,20 @@ class PlacementNode(Verbs):
     # --- what the placement actor tells (system dispatcher) -------------------
 
     def make(
-        self, pid: Pid, record: ActivationRecord, guard: Guard
+        self,
+        pid: Pid,
+        record: ActivationRecord,
+        guard: Guard,
+        chain: tuple[str, ...],
     ) -> tuple[Activation, float | None]:
         """An activation of `pid`, not started, and when it counts as idle."""
         kind = self._kinds[pid.identity.kind]
         activation_class: Any = (
             self.activation_type if kind.is_threaded is False else ThreadedActivation
         )
-        made = activation_class(pid, record, guard=guard, kind=kind, host=self._host)
+        made = activation_class(
+            pid, record, guard=guard, kind=kind, host=self._host, chain=chain
+        )
         return made, kind.idle_after
 
     def session_changed(

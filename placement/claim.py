@@ -43,10 +43,14 @@ _SEND_AGAIN = RetryPolicy(first_ns=500_000_000, largest_ns=500_000_000)
 
 @dataclass(frozen=True, slots=True)
 class Requester:
-    """Who asked for an identity: where the answer goes, and its request's number."""
+    """Who asked for an identity: where the answer goes, and its request's number.
+
+    `chain` are the identities that wait for the answer.
+    """
 
     address: Address
     request: int
+    chain: tuple[str, ...] = field(default=(), compare=False)
 
 
 # --- effects -----------------------------------------------------------------
@@ -106,6 +110,7 @@ class StartAt:
     expected_revision: int
     epoch: int
     remaining_ns: int
+    chain: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -610,6 +615,9 @@ class Claims:
                 procedure.revision,
                 self._table.epoch,
                 max(0, procedure.latest_ns() - now_ns),
+                tuple(
+                    dict.fromkeys(each for to in procedure.waiters for each in to.chain)
+                ),
             ),
         )
 
