@@ -163,9 +163,9 @@ class Delivery:
         waiting = deque(changes)
         began = time.monotonic()
         for index, request in enumerate(self._requests, start=1):
+            self._take_room()
             if self._stop.is_set():
                 break
-            self._take_room()
             self._send(request, time.monotonic() + _AGAIN_FOR_S)
             self.outcome.requests += 1
             while waiting and waiting[0].at <= index:
@@ -179,14 +179,14 @@ class Delivery:
         return self.outcome
 
     def stop(self) -> None:
-        """Send no more; what is under way is waited for."""
+        """Send no more, nor ask again; what is under way is waited for."""
         self._stop.set()
 
     def _take_room(self) -> None:
         if self._under_way < WINDOW:
             return
         with self._lock:
-            while self._under_way > _ROOM_AT:
+            while self._under_way > _ROOM_AT and not self._stop.is_set():
                 self._is_waiting = True
                 self._idle.wait(0.05)
                 self._repeat_due()
@@ -227,7 +227,8 @@ class Delivery:
             answer = future.get(timeout=0)
         except OutcomeUnknown as error:
             now = time.monotonic()
-            if self._repeatable(request.identity.kind) and now < until:
+            is_wanted = now < until and not self._stop.is_set()
+            if is_wanted and self._repeatable(request.identity.kind):
                 with self._lock:
                     # Those after it wait; those before it are answered or here.
                     held = self._again.setdefault(request.identity, deque())

@@ -73,6 +73,31 @@ def test_timers_run_by_their_time_and_can_be_cancelled() -> None:
     eventually(lambda: not dispatcher._thread.is_alive())
 
 
+def test_a_timer_that_is_due_in_a_microsecond_is_not_slept_through() -> None:
+    # Now and then its time is over between the look at the clock and the wait.
+    # Nothing else is posted: a dispatcher that then waits for ever is not woken.
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    done = threading.Event()
+    left = 20_000
+
+    def again() -> None:
+        nonlocal left
+        left -= 1
+        if left:
+            dispatcher.call_at(dispatcher.now_ns() + left % 60 * 500, again)
+        else:
+            done.set()
+
+    dispatcher.post(again)
+    last = left + 1
+    while not done.wait(5) and left < last:
+        last = left
+    dispatcher.kill()
+
+    assert dispatcher.stop(5)
+    assert left == 0
+
+
 def test_a_killed_dispatcher_runs_nothing_that_waits() -> None:
     dispatcher = ThreadDispatcher("t", CLOCK)
     inside, gate = threading.Event(), threading.Event()

@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from actors.future import Future
 from actors.main import main
 from actors.requests import SAMPLE, read_requests
-from actors.run import BadRun, check_changes, parse_change
+from actors.run import WINDOW, BadRun, Delivery, check_changes, parse_change
 from actors.store_url import open_store
 from placement.contracts import SessionRecord
+from placement.errors import OutcomeUnknown
 from placement.topology import SessionId
+from tests.actors.test_cluster import eventually
 
 ROOT = Path(__file__).parents[2]
 TRACE = ROOT / "actors" / "data" / SAMPLE
@@ -163,6 +167,41 @@ def test_a_full_disk_fails_what_it_touches_and_nothing_else(tmp_path: Path) -> N
     assert found["failed"] > 0
     assert found["answered"] + found["failed"] == 3_000
     assert "full" in result.stderr
+
+
+def test_a_delivery_that_is_stopped_sends_no_more_though_its_window_is_full(
+    tmp_path: Path,
+) -> None:
+    class Silent:
+        """A cluster that never answers, and is told so."""
+
+        nodes = ("node-1",)
+
+        def __init__(self) -> None:
+            self.futures: list[Future] = []
+
+        def ref(self, identity: str) -> Any:
+            return self
+
+        def ask(self, payload: Any, **_: Any) -> Future:
+            self.futures.append(Future())
+            return self.futures[-1]
+
+    requests = read_requests(str(requests_in(tmp_path / "m.jsonl", 1_000, 1)))
+    silent: Any = Silent()
+    delivery = Delivery(silent, requests, repeatable=lambda _: True)
+    running = threading.Thread(target=delivery.run, args=([],))
+    running.start()
+    eventually(lambda: len(silent.futures) == WINDOW)
+
+    delivery.stop()
+    for future in silent.futures:
+        future.set_error(OutcomeUnknown("no answer in time"))
+    running.join(10)
+
+    assert not running.is_alive()
+    assert delivery.outcome.requests == delivery.outcome.failed == WINDOW
+    assert len(silent.futures) == WINDOW
 
 
 def test_the_witness_writes_what_it_saw(tmp_path: Path, small: Path) -> None:
