@@ -97,6 +97,20 @@ def kinds_for(
     return {**given, **{name: given.get(name, tally) for name in names}}
 
 
+def check_kinds(requests: Requests, given: Mapping[str, Kind]) -> None:
+    """Refuse a kind that no request has: somebody has mistyped its name.
+
+    Raises:
+        BadRun: there is one.
+    """
+    there = {request.identity.kind for request in requests}
+    for name in sorted(set(given) - there):
+        raise BadRun(
+            f"--kind {name}=...: no request in {requests.name} has that kind; "
+            f"they have {', '.join(sorted(there)[:5])}"
+        )
+
+
 class Target(Protocol):
     """The cluster as the run uses it."""
 
@@ -158,10 +172,13 @@ class Delivery:
         self._stop = threading.Event()
         self.outcome = Outcome()
 
-    def run(self, changes: Sequence[Change]) -> Outcome:
-        """Deliver all; make each change when its number has been delivered."""
+    def run(self, changes: Sequence[Change], *, began: float | None = None) -> Outcome:
+        """Deliver all; make each change when its number has been delivered.
+
+        `began` is when the first request was read, by `time.monotonic()`.
+        """
         waiting = deque(changes)
-        began = time.monotonic()
+        began = time.monotonic() if began is None else began
         for index, request in enumerate(self._requests, start=1):
             self._take_room()
             if self._stop.is_set():

@@ -6,8 +6,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,43 @@ KEYS = [
 
 def run(*args: str, stdin: str | bytes | None = None) -> Result:
     return CliRunner().invoke(main, ["run", *args], input=stdin)
+
+
+COMMAND = [sys.executable, "-c", "from actors.main import main; main()", "run"]
+NOBODY = 65_534
+
+
+@pytest.fixture
+def bare() -> Iterator[Path]:
+    """A folder that another user may look into, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="placement-test-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+        folder.chmod(0o755)
+
+
+def read_only(folder: Path) -> Path:
+    """Have nobody write in it, nor what is in it."""
+    for each in folder.iterdir():
+        each.chmod(0o444)
+    folder.chmod(0o555)
+    return folder
+
+
+def as_nobody(*args: str) -> "subprocess.CompletedProcess[str]":
+    """Run the command without the rights of root, to whom nothing is read-only."""
+    become = f"os.setegid({NOBODY}); os.seteuid({NOBODY})"
+    program = f"import os, sys; from actors.main import main; {become}; main()"
+    if os.geteuid() != 0:
+        program = "from actors.main import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, "run", *args],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+        text=True,
+    )
 
 
 def requests_in(path: Path, identities: int, each: int, kind: str = "item") -> Path:
@@ -324,7 +362,12 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
             "is given twice",
         ),
         (["--kind", "item=tests.actors.test_run:SLOW"], "above the safety margin"),
+        (["--kind", "item=..nowhere:X"], "imported: TypeError: "),
+        (["--kind", "itme=actors.tally:Tally"], "--kind itme=...: no request in"),
         (["--report", "/no/such/folder/r.jsonl"], "there is no such folder"),
+        (["--report", "."], ".: it is a folder, not a file"),
+        (["--witness", "."], ".: it is a folder, not a file"),
+        (["--witness", "n" * 300], "File name too long"),
         (["--ttl", "0"], "ttl must be at least"),
         (["--renew-every", "9"], "renew_every of 9.0"),
         (["--margin", "9"], "margin must be"),
@@ -340,6 +383,86 @@ def test_options_that_make_no_sense_end_with_2(
 
     assert result.exit_code == 2, result.output
     assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raise ValueError('not today')", "cannot be imported: ValueError: not today"),
+        ("def def", "cannot be imported: SyntaxError: invalid syntax"),
+        ("import sys; sys.exit(3)", "cannot be imported: SystemExit: 3"),
+        ("import no_such_module", "cannot be imported: No module named"),
+    ],
+)
+def test_a_kind_whose_module_cannot_be_imported_ends_with_2(
+    tmp_path: Path,
+    small: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    said: str,
+) -> None:
+    (tmp_path / "boom.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    result = run(str(small), "--kind", "item=boom:X")
+
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("placement: module 'boom' ")
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--report", "--witness"])
+def test_a_file_where_nothing_may_be_written_is_refused_before_all(
+    bare: Path, option: str
+) -> None:
+    small = requests_in(bare / "small.jsonl", 2, 2)
+    (bare / "old.jsonl").write_text("kept")
+    before = sorted(read_only(bare).iterdir())
+
+    for name, said in (
+        ("new.jsonl", "nothing may be made in its folder"),
+        ("old.jsonl", "it may not be written"),
+    ):
+        ended = as_nobody(str(small), option, str(bare / name))
+        assert ended.returncode == 2, ended.stderr
+        assert said in ended.stderr
+    assert sorted(bare.iterdir()) == before
+    assert (bare / "old.jsonl").read_text() == "kept"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_where_standard_output_is_full_it_says_so_and_ends_with_1(
+    small: Path, options: list[str]
+) -> None:
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(
+            [*COMMAND, str(small), "--nodes", "1", "--store", "memory://", *options],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+
+    assert ended.stderr.decode() == (
+        "placement: standard output: No space left on device\n"
+    )
+    assert ended.returncode == 1
+
+
+def test_seconds_run_from_the_first_request_read(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_slowly(path: str | None) -> Any:
+        threading.Event().wait(0.5)
+        return read_requests(path)
+
+    monkeypatch.setattr("actors.main.read_requests", read_slowly)
+    result = run(str(small), "--json", "--store", "memory://")
+
+    found = json.loads(result.stdout)
+    assert found["seconds"] >= 0.5
+    assert found["requests_per_s"] <= 400
 
 
 def slow() -> Any:
