@@ -8,10 +8,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
@@ -20,8 +22,10 @@ from actors.main import main
 from actors.requests import SAMPLE, read_requests
 from actors.run import WINDOW, BadRun, Delivery, check_changes, parse_change
 from actors.store_url import open_store
-from placement.contracts import SessionRecord
+from messages.payload import BYTES_MAX
+from placement.contracts import Load, Loaded, SessionRecord
 from placement.errors import OutcomeUnknown
+from placement.identity import Identity
 from placement.topology import SessionId
 from tests.actors.test_cluster import eventually
 
@@ -242,6 +246,88 @@ def test_a_delivery_that_is_stopped_sends_no_more_though_its_window_is_full(
     assert len(silent.futures) == WINDOW
 
 
+def lock_when_used(path: Path, seconds: float, locked: threading.Event) -> None:
+    """Keep everybody else from writing for a while, once some states are stored."""
+    with closing(sqlite3.connect(path, timeout=30, isolation_level=None)) as db:
+        count = "SELECT count(*) FROM identities WHERE snapshot IS NOT NULL"
+        eventually(lambda: path.exists() and db.execute(count).fetchone()[0] > 20)
+        db.execute("BEGIN EXCLUSIVE")
+        locked.set()
+        threading.Event().wait(seconds)
+        db.execute("ROLLBACK")
+
+
+def stored_counts(url: str, identities: Iterable[str]) -> dict[str, int]:
+    """How many requests each tally has stored."""
+    counts = {}
+    with closing(open_store(url)) as store:
+        for name in identities:
+            (loaded,) = store.load([Load(Identity.parse(name))])
+            assert isinstance(loaded, Loaded)
+            stored = loaded.entry.record.snapshot
+            state = {} if stored is None else msgspec.msgpack.decode(stored[7:])
+            counts[name] = sum(
+                last - first + 1 for ranges in state.values() for first, last in ranges
+            )
+    return counts
+
+
+def test_a_store_locked_in_mid_run_fails_what_it_touches_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    requests = requests_in(tmp_path / "many.jsonl", 300, 60)
+    url = f"sqlite:///{tmp_path}/t.db?busy_timeout_ms=200"
+    report = tmp_path / "r.jsonl"
+    open_store(url).close()
+    locked = threading.Event()
+    locking = threading.Thread(
+        target=lock_when_used, args=(tmp_path / "t.db", 3.0, locked)
+    )
+    locking.start()
+    options = ["--durable", "--json", "--ask-timeout", "2", "--store", url]
+
+    result = run(str(requests), *options, "--report", str(report))
+    locking.join()
+
+    assert locked.is_set()
+    assert result.exit_code == 1, result.output
+    found = json.loads(result.stdout)
+    assert found["answered"] > 0
+    assert found["failed"] > 0
+    assert found["answered"] + found["failed"] == 18_000
+    assert found["double_activations"] == 0
+    assert "is locked" in result.stderr
+    assert "failed: StoreFailed, first line " in result.stderr
+    rows = [json.loads(line) for line in report.read_text().splitlines()]
+    stored = stored_counts(url, [row["identity"] for row in rows])
+    assert all(stored[row["identity"]] >= row["count"] for row in rows)
+    assert sum(stored.values()) >= found["answered"]
+
+
+@pytest.mark.parametrize(
+    ("folder_mode", "said"),
+    [(0o777, "is read-only"), (0o555, "cannot be written to")],
+)
+def test_a_store_that_is_read_only_is_refused_and_left_alone(
+    bare: Path, folder_mode: int, said: str
+) -> None:
+    small = requests_in(bare / "small.jsonl", 2, 2)
+    path = bare / "t.db"
+    open_store(f"sqlite:///{path}").close()
+    before = path.read_bytes()
+    there = sorted(read_only(bare).iterdir())
+    bare.chmod(folder_mode)
+
+    ended = as_nobody(str(small), "--store", f"sqlite:///{path}", "--json")
+
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stdout == ""
+    assert ended.stderr.startswith(f"placement: {path}")
+    assert said in ended.stderr
+    assert path.read_bytes() == before
+    assert sorted(bare.iterdir()) == there
+
+
 def test_the_witness_writes_what_it_saw(tmp_path: Path, small: Path) -> None:
     path = tmp_path / "w.jsonl"
 
@@ -297,6 +383,10 @@ def test_a_store_file_that_is_not_ours_is_refused_and_left_alone(
         (b'{"identity": "a/"}', "line 2: field identity: the name after kind/"),
         (b'{"identity": "a/\\u0001"}', "line 2: field identity: name"),
         (b'{"identity": "a/b", "payload": 36893488147419103232}', "field payload"),
+        (
+            b'{"identity": "a/b", "payload": "' + b"x" * BYTES_MAX + b'"}',
+            f"bytes, at most {BYTES_MAX}",
+        ),
         (b"\xff\xfe", "line 2: not JSON"),
     ],
 )
