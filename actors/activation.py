@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from actors.context import Context, Timer
 from actors.dispatch import Dispatcher
 from actors.future import Future, running
-from actors.grain import Surface
+from actors.grain import Surface, decode_rejected, encode_rejected
 from actors.kind import Kind
 from actors.log import log
 from messages import payload as payloads
@@ -33,10 +33,12 @@ from placement.errors import (
     Refusal,
     Rejected,
     StoreFailed,
+    describe,
+    text_of,
 )
 from placement.event import Happened
 from placement.identity import Identity
-from placement.lease import Guard
+from placement.lease import Guard, Latch
 
 TURNS_AT_ONCE = 64
 _SAVE_AGAIN_NS = 50_000_000
@@ -113,9 +115,6 @@ class Host(Protocol):
     def ended(self, pid: Pid, version: int, snapshot: bytes | None) -> None:
         """Its last user code has been left, and its mailbox is sealed."""
 
-    def passivate(self, pid: Pid) -> None:
-        """End it soon."""
-
     def seal(self, activation: "Activation") -> None:
         """Call `activation.bounce_all` so that no later mail overtakes those."""
 
@@ -145,7 +144,7 @@ class Activation(Protocol):
     """One live instance of an identity on this node, however it is hosted."""
 
     pid: Pid
-    guard: Guard
+    guard: Latch
 
     def start(self) -> None:
         """Run its first hook, then report."""
@@ -218,6 +217,22 @@ class OutputGate:
             self.waiting.popleft()[2](error)
 
 
+def _as_it_travels(error: BaseException) -> PlacementError:
+    """What the caller has of what user code raised: the same from every node."""
+    match error:
+        case Rejected():
+            try:
+                return decode_rejected(*encode_rejected(error))
+            except BaseException as bad:  # its fields are user code too
+                _, text = describe(bad)
+                return HandlerFailed(type(error).__name__, text_of(f"rejected: {text}"))
+        case Deadlock():
+            return Deadlock(describe(error)[1])
+        case HandlerFailed():
+            return HandlerFailed(text_of(error.type_name), text_of(error.text))
+    return HandlerFailed(*describe(error))
+
+
 class GrainActivation:
     """One Grain: driven on its node's grain dispatcher."""
 
@@ -231,7 +246,9 @@ class GrainActivation:
         host: Host,
     ) -> None:
         self.pid = pid
-        self.guard = guard
+        # The session's guard is that of all its activations: one that fails shuts
+        # its own latch only.
+        self.guard = Latch(guard)
         self.kind = kind
         self._host = host
         self._record = record
@@ -247,13 +264,15 @@ class GrainActivation:
         self._grain: Any = None
         self._surface: Surface | None = None
         self._is_passivating = False
+        self._has_begun = False
+        self._is_reported = False
         self.context = Context(self, pid, record.snapshot)
 
     # --- from any thread -----------------------------------------------------
 
     def start(self) -> None:
         """Run its first hook, then report."""
-        self._host.dispatcher.post(self._start)
+        self._post(self._start)
 
     def deliver(self, mail: Mail) -> bool:
         """Queue; the node's lock is held."""
@@ -267,12 +286,12 @@ class GrainActivation:
         self._mailbox.append(mail)
         if not self._is_scheduled:
             self._is_scheduled = True
-            self._host.dispatcher.post(self._run)
+            self._post(self._run)
         return True
 
     def stop(self, *, lapsed: bool) -> None:
         """End it; `Host.ended` follows."""
-        self._host.dispatcher.post(self._lapse if lapsed else self._passivate)
+        self._post(self._lapse if lapsed else self._passivate)
 
     def bounce_all(self) -> None:
         """Seal the mailbox and give back what is in it; the node's lock is held."""
@@ -287,6 +306,34 @@ class GrainActivation:
 
     # --- turns ---------------------------------------------------------------
 
+    def _post(self, turn: Callable[..., object], /, *arguments: Any) -> None:
+        self._host.dispatcher.post(self._take, turn, *arguments)
+
+    def _take(self, turn: Callable[..., object], /, *arguments: Any) -> None:
+        """Run `turn`; a bug in it must leave no caller and no mailbox waiting."""
+        try:
+            turn(*arguments)
+        except BaseException as error:
+            self._stumble(error)
+            raise
+
+    def _stumble(self, error: BaseException) -> None:
+        turn, self._turn = self._turn, None
+        if turn is not None and turn.mail is not None:
+            turn.mail.origin.failed(turn.mail, HandlerFailed(*describe(error)))
+        match self._state:
+            case "starting":
+                self._activated(error)
+            case "active":
+                try:
+                    if turn is not None:
+                        self._close(turn)
+                        self._troubled(error)
+                finally:
+                    self._go_on()
+            case "ending":
+                self._report(None)
+
     def _make(self) -> Any:
         grain = self.kind.make(self.context)
         grain.context = self.context
@@ -295,9 +342,13 @@ class GrainActivation:
     def _surface_of(self, grain: Any) -> Surface:
         return Surface.of(type(grain))
 
-    def _enter(self) -> None:
+    def _enter(self) -> bool:
+        """Go into user code; false: the guard says no."""
+        if not self.guard.is_open(self._host.now_ns()):
+            return False
         running.activation = self
         self._host.current = self
+        return True
 
     def _leave(self) -> None:
         running.activation = None
@@ -306,26 +357,32 @@ class GrainActivation:
     def _over(self) -> None:
         """It has ended; nothing of it is needed any more."""
 
+    def _begin(self) -> None:
+        """Say once that user code is about to be entered."""
+        if not self._has_begun:
+            self._has_begun = True
+            self._host.begun(self.pid)
+
     def _start(self) -> None:
         if self._state != "starting":
             return
-        if not self.guard.is_open(self._host.now_ns()):
+        if not self._enter():
             self._lapse()
             return
         self._turn = turn = _Turn("activate")
-        self._host.begun(self.pid)
-        self._enter()
+        result: Any = None
+        failure: BaseException | None = None
         try:
+            self._begin()
             self._grain = grain = self._make()
             self._surface = self._surface_of(grain)
             self._surface.load(grain, self._record.snapshot)
             result = grain.on_activate()
-        except Exception as error:  # user code may raise anything
-            self._returned(turn, None, error)
-            return
+        except BaseException as error:  # user code may raise anything
+            failure = error
         finally:
             self._leave()
-        self._returned(turn, result, None)
+        self._returned(turn, result, failure)
 
     def _run(self) -> None:
         """Handle what is in the mailbox, a bounded number at once."""
@@ -346,62 +403,70 @@ class GrainActivation:
     def _schedule(self) -> None:
         if self._mailbox and not self._is_scheduled:
             self._is_scheduled = True
-            self._host.dispatcher.post(self._run)
+            self._post(self._run)
+
+    def _go_on(self) -> None:
+        """A turn is over: end, where that is wanted, or take the next mail."""
+        if self._is_passivating:
+            self._passivate()
+        else:
+            self._schedule()
 
     def _handle(self, mail: Mail) -> None:
         host = self._host
         now_ns = host.now_ns()
-        if not self.guard.is_open(now_ns):
-            self._mailbox.appendleft(mail)
-            self._lapse()
-            return
         if mail.deadline_ns and mail.deadline_ns <= now_ns:
             mail.origin.failed(mail, Pending("its time was over before it was handled"))
             return
-        host.touch(self.pid, now_ns)
-        turn = _Turn("handle", mail)
+        if not self._enter():
+            self._mailbox.appendleft(mail)
+            self._lapse()
+            if self._is_sealed:
+                host.seal(self)
+            return
+        turn = self._turn = _Turn("handle", mail)
         grain, surface = self._grain, self._surface
-        assert grain is not None
         assert surface is not None
         payload = mail.payload
-        if surface.is_call(payload):
-            try:
-                call, arguments, turn.name = surface.decode_call(payload)
-            except BadMessage as error:
-                mail.origin.failed(mail, error)
-                return
-        self._turn = turn
-        self._enter()
+        is_call = surface.is_call(payload)
+        result: Any = None
+        failure: BaseException | None = None
         try:
-            if turn.name:
+            host.touch(self.pid, now_ns)
+            if is_call:
+                call, arguments, turn.name = surface.decode_call(payload)
                 result = call(grain, **arguments)
             else:
                 result = grain.on_receive(payload)
-        except Exception as error:  # user code may raise anything
-            self._returned(turn, None, error)
-            return
+        except BaseException as error:  # user code may raise anything
+            failure = error
         finally:
             self._leave()
-        self._returned(turn, result, None)
+        if isinstance(failure, BadMessage) and is_call and not turn.name:
+            # It was refused before its handler was entered.
+            self._turn = None
+            mail.origin.failed(mail, BadMessage(text_of(failure.message)))
+            return
+        self._returned(turn, result, failure)
 
     def _fire(self, timer: Timer) -> None:
         if self._timers.pop(timer, 0) == 0 or timer.is_cancelled:
             return
-        if not self.guard.is_open(self._host.now_ns()):
+        if not self._enter():
             self._lapse()
             return
         self._turn = turn = _Turn("timer")
-        self._enter()
+        result: Any = None
+        failure: BaseException | None = None
         try:
             result = timer.call()
-        except Exception as error:  # user code may raise anything
-            self._returned(turn, None, error)
-            return
+        except BaseException as error:  # user code may raise anything
+            failure = error
         finally:
             self._leave()
-        self._returned(turn, result, None)
+        self._returned(turn, result, failure)
 
-    def _returned(self, turn: _Turn, result: Any, error: Exception | None) -> None:
+    def _returned(self, turn: _Turn, result: Any, error: BaseException | None) -> None:
         """User code came back: with a result, an error, or a coroutine to drive."""
         if error is None and inspect.iscoroutine(result):
             turn.coroutine = result
@@ -413,24 +478,22 @@ class GrainActivation:
         """Enter the coroutine once more."""
         coroutine = turn.coroutine
         assert coroutine is not None
-        if not self.guard.is_open(self._host.now_ns()):
-            self._lapse()
-            return
         while True:
-            self._enter()
+            if not self._enter():
+                self._lapse()
+                self._close(turn)
+                return
             try:
                 if error is None:
                     token = coroutine.send(value)
                 else:
                     token = coroutine.throw(error)
             except StopIteration as stop:
-                self._leave()
-                self._finish(turn, stop.value, None)
-                return
-            except Exception as raised:  # user code may raise anything
-                self._leave()
-                self._finish(turn, None, raised)
-                return
+                value, error = stop.value, None
+                break
+            except BaseException as raised:  # user code may raise anything
+                value, error = None, raised
+                break
             finally:
                 self._leave()
             if isinstance(token, Future) and token.owner is self:
@@ -438,9 +501,11 @@ class GrainActivation:
                 token.on_done(self._awaited)
                 return
             value, error = None, RuntimeError(FOREIGN)
+        turn.coroutine = None
+        self._finish(turn, value, error)
 
     def _awaited(self, token: Future) -> None:
-        self._host.dispatcher.post(self._resume, token)
+        self._post(self._resume, token)
 
     def _resume(self, token: Future) -> None:
         turn = self._turn
@@ -449,34 +514,33 @@ class GrainActivation:
         turn.awaiting = None
         try:
             value, error = token.get(timeout=0), None
-        except Exception as raised:  # what the awaited call failed with
+        except BaseException as raised:  # what the awaited call failed with
             value, error = None, raised
         self._step(turn, value, error)
 
-    def _finish(self, turn: _Turn, result: Any, error: Exception | None) -> None:
+    def _finish(self, turn: _Turn, result: Any, error: BaseException | None) -> None:
         """The turn is over."""
-        self._turn = None
         match turn.purpose:
             case "handle":
                 assert turn.mail is not None
                 self._host.handled(self.pid)
                 self._answer(turn, turn.mail, result, error)
             case "activate":
+                self._turn = None
                 self._activated(error)
                 return
             case "passivate":
+                self._turn = None
                 self._passivated(result, error)
                 return
             case _:
                 if error is not None:
                     self._troubled(error)
-        if self._is_passivating:
-            self._passivate()
-        else:
-            self._schedule()
+        self._turn = None
+        self._go_on()
 
     def _answer(
-        self, turn: _Turn, mail: Mail, result: Any, error: Exception | None
+        self, turn: _Turn, mail: Mail, result: Any, error: BaseException | None
     ) -> None:
         if error is None and mail.is_ask:
             assert self._surface is not None
@@ -484,8 +548,9 @@ class GrainActivation:
                 if turn.name:
                     result = self._surface.encode_answer(turn.name, result)
                 result = payloads.copy(result)
-            except BadMessage as bad:
-                error = HandlerFailed("BadMessage", f"its answer: {bad}")
+            except BaseException as bad:  # its types are user code too
+                type_name, text = describe(bad)
+                error = HandlerFailed(type_name, text_of(f"its answer: {text}"))
         if error is None:
             if mail.is_ask:
                 self._emit(
@@ -493,95 +558,120 @@ class GrainActivation:
                     lambda unknown: mail.origin.failed(mail, unknown),
                 )
             return
-        if isinstance(error, Rejected):
-            failure: PlacementError = error
-        else:
-            failure = (
-                error
-                if isinstance(error, HandlerFailed | Deadlock)
-                else HandlerFailed(type(error).__name__, str(error))
-            )
-            self._troubled(error)
+        # First the answer: nothing that user code has spoilt may hold it up.
+        failure = _as_it_travels(error)
         self._emit(
             lambda: mail.origin.failed(mail, failure),
             lambda unknown: mail.origin.failed(mail, unknown),
         )
+        if not isinstance(error, Rejected) or not isinstance(failure, Rejected):
+            self._troubled(error)
 
-    def _troubled(self, error: Exception) -> None:
+    def _troubled(self, error: BaseException) -> None:
         """User code raised: say so, and put the state back to the last save."""
-        log.error("handler failed", identity=str(self.pid.identity), exc_info=error)
+        self._say("HandlerFailed", "handler failed", error)
+        assert self._surface is not None
+        assert self._grain is not None
+        try:
+            self._surface.load(self._grain, self._last_saved)
+        except BaseException as worse:  # the types of its state are user code too
+            # Nobody knows what its state is now: no user code may see it again.
+            self._say("StateLost", "the state was not put back", worse)
+            self._end_without_hook()
+            return
+        if self.kind.on_error == "stop":
+            self._is_passivating = True
+
+    def _say(self, name: str, event: str, error: BaseException) -> None:
+        """Publish and log what user code has raised."""
         self._host.publish(
             Happened(
                 kind="actor",
-                name="HandlerFailed",
+                name=name,
                 identity=self.pid.identity,
                 session=self.pid.session,
                 token=self.pid.fencing_token,
-                reason=f"{type(error).__name__}: {error}",
+                reason=": ".join(describe(error)),
             )
         )
-        assert self._surface is not None
-        assert self._grain is not None
-        self._surface.load(self._grain, self._last_saved)
-        if self.kind.on_error == "stop":
-            self._host.passivate(self.pid)
+        try:
+            log.error(event, identity=str(self.pid.identity), exc_info=error)
+        except BaseException as raised:  # a traceback shows what user code says
+            log.error(event, identity=str(self.pid.identity), why=describe(raised))
 
     # --- beginning and ending ------------------------------------------------
 
-    def _activated(self, error: Exception | None) -> None:
+    def _activated(self, error: BaseException | None) -> None:
         if error is None:
             self._state = "active"
-            self._emit(lambda: self._host.started(self.pid), lambda _: None)
-            if self._is_passivating:
-                self._passivate()
-            else:
-                self._schedule()
+            self._emit(self._tell_started, lambda _: None)
+            self._go_on()
             return
-        log.error("activation failed", identity=str(self.pid.identity), exc_info=error)
         self._state = "ended"
         self._end_timers()
         self._host.seal(self)
-        self._host.start_failed(
-            self.pid,
-            Refusal(
-                "ActivationFailed",
-                f"{self.pid.identity}: {type(error).__name__}: {error}",
-            ),
-        )
+        why = text_of(f"{self.pid.identity}: {': '.join(describe(error))}")
+        self._tell_end(Refusal("ActivationFailed", why))
         self._over()
+        try:
+            log.error(
+                "activation failed", identity=str(self.pid.identity), exc_info=error
+            )
+        except BaseException as raised:  # a traceback shows what user code says
+            log.error("activation failed", why=describe(raised))
+
+    def _tell_started(self) -> None:
+        self._is_reported = True
+        self._host.started(self.pid)
+
+    def _tell_end(
+        self, refusal: Refusal, version: int = 0, snapshot: bytes | None = None
+    ) -> None:
+        """Its last user code has been left; `refusal` is why, where it never served."""
+        if self._is_reported:
+            self._host.ended(self.pid, version, snapshot)
+        else:
+            self._host.start_failed(self.pid, refusal)
 
     def _passivate(self) -> None:
         """Run the last hook, once the turn under way is over."""
         self._is_passivating = True
         if self._turn is not None or self._state != "active":
             return
-        if not self.guard.is_open(self._host.now_ns()):
+        if not self._enter():
             self._lapse()
             return
         self._state = "ending"
         self._end_timers()
         self._turn = turn = _Turn("passivate")
-        self._enter()
-        assert self._grain is not None
+        result: Any = None
+        failure: BaseException | None = None
         try:
             result = self._grain.on_passivate()
-        except Exception as error:  # user code may raise anything
-            self._returned(turn, None, error)
-            return
+        except BaseException as error:  # user code may raise anything
+            failure = error
         finally:
             self._leave()
-        self._returned(turn, result, None)
+        self._returned(turn, result, failure)
 
-    def _passivated(self, result: Any, error: Exception | None) -> None:
+    def _passivated(self, result: Any, error: BaseException | None) -> None:
         if error is None and not (result is None or isinstance(result, bytes)):
             error = TypeError(
                 f"on_passivate returns bytes or None, not {type(result).__name__}"
             )
         snapshot = result if error is None else None
-        if error is not None:
-            self._troubled(error)
         # The end is an output too: it waits for the saves before it.
         self._emit(lambda: self._report(snapshot), lambda _: self._report(None))
+        if error is not None:
+            self._say("HandlerFailed", "on_passivate failed", error)
+
+    def _end_without_hook(self) -> None:
+        """End; what has been answered leaves as soon as it may."""
+        if self._state != "active":
+            return
+        self._state = "ending"
+        self._end_timers()
+        self._emit(lambda: self._report(None), lambda _: self._report(None))
 
     def _report(self, snapshot: bytes | None) -> None:
         if self._state == "ended":
@@ -589,35 +679,48 @@ class GrainActivation:
         self._state = "ended"
         self._host.seal(self)
         version = self._gate.version + (snapshot is not None)
-        self._host.ended(self.pid, version, snapshot)
+        refusal = Refusal("Pending", f"{self.pid.identity} ended before it served")
+        self._tell_end(refusal, version, snapshot)
         self._over()
 
     def _lapse(self) -> None:
         """The lease is over: enter no user code, let nothing leave."""
+        unknown = self._unknown()
+        self._end_now(unknown, Refusal("NotReady", unknown.message))
+
+    def _end_now(self, why: PlacementError, refusal: Refusal) -> None:
+        """End without a hook: who waits for an answer hears `why`."""
         if self._state == "ended":
             return
         self.guard.shut()
         self._state = "ended"
         self._end_timers()
         turn, self._turn = self._turn, None
-        unknown = self._unknown()
-        if turn is not None and turn.coroutine is not None:
-            self._enter()
-            try:
-                turn.coroutine.close()
-            except Exception as error:  # a finally of user code may raise
-                log.error("coroutine did not close", exc_info=error)
-            finally:
-                self._leave()
-        if turn is not None and turn.mail is not None:
-            turn.mail.origin.failed(turn.mail, unknown)
-        self._gate.fail(unknown)
+        if turn is not None:
+            self._close(turn)
+            if turn.mail is not None:
+                turn.mail.origin.failed(turn.mail, why)
+        self._gate.fail(why)
         self._host.seal(self)
-        self._host.ended(self.pid, 0, None)
+        self._tell_end(refusal)
         self._over()
 
+    def _close(self, turn: _Turn) -> None:
+        """Have a coroutine that has awaited run what it does in the end."""
+        coroutine, turn.coroutine = turn.coroutine, None
+        if coroutine is None:
+            return
+        running.activation = self
+        self._host.current = self
+        try:
+            coroutine.close()
+        except BaseException as error:  # a finally of user code may raise
+            self._say("HandlerFailed", "a coroutine did not close", error)
+        finally:
+            self._leave()
+
     def _end_timers(self) -> None:
-        for timer in self._timers:
+        for timer in tuple(self._timers):
             timer.cancel()
         self._timers.clear()
 
@@ -697,7 +800,9 @@ class GrainActivation:
             )
         )
         self._gate.fail(error)
-        self._lapse()
+        unknown = OutcomeUnknown(f"{self.pid.identity}: a save failed: {error.message}")
+        why = f"{self.pid.identity}: a save failed: {error.message}"
+        self._end_now(unknown, Refusal("ActivationFailed", text_of(why)))
 
     # --- what the context asks for -------------------------------------------
 
@@ -752,7 +857,10 @@ class GrainActivation:
 
     def after(self, seconds: float, timer: Timer) -> None:
         """Run `timer` as a turn of its own, in `seconds`."""
+        if self._state in {"ending", "ended"}:
+            return
         self._timers[timer] = None
+        timer.among = self._timers
         host = self._host
         timer.scheduled = host.dispatcher.call_at(
             host.now_ns() + round(seconds * 1e9), self._timer_due, timer
@@ -764,8 +872,9 @@ class GrainActivation:
             self._schedule()
 
     def passivate_soon(self) -> None:
-        """End after this turn."""
-        self._host.passivate(self.pid)
+        """End after this turn: what waits behind it bounces."""
+        self._is_passivating = True
+        self._post(self._passivate)
 
     @property
     def request_id(self) -> str:

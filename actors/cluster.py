@@ -6,22 +6,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
-from actors.engine import EmbeddedEngine, Engine, Settings
+from actors.engine import EmbeddedEngine, Engine, Settings, StoreInUse
 from actors.event_stream import EventStream, StartReader, Subscription
 from actors.kind import Kind
-from actors.node import STOP_S, PlacementNode, Snapshot, Witness
+from actors.node import STOP_S, PlacementNode, Snapshot, Witness, check_name
 from actors.reference import Verbs
-from placement.contracts import SessionView, Store
+from placement.contracts import Store
 from placement.errors import NotReady
 from placement.event import Event
+from placement.identity import Identity
 from placement.pidcache import PlacementResolution
-from placement.session import Watch
+
+__all__ = ["Cluster", "ClusterEvents", "ClusterSnapshot", "StoreInUse"]
 
 _ENTRY = "entry"
-
-
-class StoreInUse(ValueError):
-    """Another process's sessions are alive in the store, and cannot be reached."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +127,7 @@ class Cluster(Verbs):
         by_name = check_kinds(kinds, checked)
         engine = EmbeddedEngine(store, partitions=checked.partitions)
         try:
-            _take_over(engine)
+            engine.take_over()
             cluster = cls(engine, checked, by_name, witness)
         except BaseException:
             engine.close()
@@ -312,6 +310,8 @@ def names_of(nodes: int | Iterable[str]) -> list[str]:
         raise ValueError("a cluster has at least one node")
     if len(set(names)) != len(names) or _ENTRY in names:
         raise ValueError(f"node names must differ, and none is {_ENTRY!r}")
+    for name in names:
+        check_name(name)
     return names
 
 
@@ -322,9 +322,11 @@ def check_kinds(
 
     Raises:
         BadKind: one is not.
+        BadIdentity: the name of one cannot be part of an identity.
     """
     by_name = {kind: Kind.of(each) for kind, each in kinds.items()}
-    for each in by_name.values():
+    for kind, each in by_name.items():
+        Identity(kind, "x")
         each.check(settings.margin_s)
     return by_name
 
@@ -332,31 +334,3 @@ def check_kinds(
 def _knows(knower: PlacementNode, node: PlacementNode) -> bool:
     """Tell whether `knower` has seen that `node` is a member, if it is one."""
     return node.session is None or node.session in knower.topology
-
-
-def _take_over(engine: EmbeddedEngine) -> None:
-    """Wait out sessions that a crash has left in the store.
-
-    Raises:
-        StoreInUse: one of them is renewed: its process lives, and cannot be
-            reached from here.
-    """
-    watch, pause = Watch(), threading.Event()
-    first: dict[Any, int] | None = None
-    while True:
-        view: SessionView = engine.store.read_sessions()
-        now_ns = engine.clock.now_ns()
-        watch.view(view, now_ns)
-        if first is None:
-            first = watch.counts()
-        moved = watch.moved(first)
-        if moved:
-            raise StoreInUse(
-                f"store {engine.store.url}: session {moved[0]} of another process "
-                "is alive in it; an embedded cluster needs the store for itself"
-            )
-        if not watch.counts():
-            return
-        for close in watch.expired(now_ns, besides=None):
-            engine.store.close_session(close.session, close.count)
-        pause.wait(0.05)

@@ -4,28 +4,33 @@ from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
-from actors.future import Future
-from actors.reference import BlockingInGrain, Verbs
+from actors.future import BlockingInGrain, Future
+from actors.reference import Verbs
 from placement.entry import Pid
 from placement.identity import Identity
 
 if TYPE_CHECKING:
     from actors.dispatch import Timer as Scheduled
 
+#: Ten years: what is meant to be later is meant to be never.
+AFTER_MAX_S = 10 * 366 * 24 * 3_600
+
 
 class Timer:
     """A call that `Context.after` has put off; `cancel` takes it back."""
 
-    __slots__ = ("call", "is_cancelled", "scheduled")
+    __slots__ = ("among", "call", "is_cancelled", "scheduled")
 
     def __init__(self, call: Callable[[], Any]) -> None:
         self.call = call
         self.is_cancelled = False
         self.scheduled: Scheduled | None = None
+        self.among: dict[Timer, None] = {}
 
     def cancel(self) -> None:
         """Do not call any more; nothing happens where it was called already."""
         self.is_cancelled = True
+        self.among.pop(self, None)
         if self.scheduled is not None:
             self.scheduled.cancel()
 
@@ -165,10 +170,12 @@ class Context(Verbs):
         """Call `call` in `seconds`, as a turn of its own; it may be async.
 
         Raises:
-            ValueError: `seconds` is negative or no number.
+            ValueError: `seconds` is negative, no number, or above ten years.
         """
-        if not seconds >= 0:
-            raise ValueError(f"after takes seconds from 0 on, not {seconds}")
+        if not 0 <= seconds <= AFTER_MAX_S:
+            raise ValueError(
+                f"after takes seconds from 0 on, at most {AFTER_MAX_S}, not {seconds}"
+            )
         timer = Timer(call)
         self._around.after(seconds, timer)
         return timer

@@ -19,20 +19,36 @@ from actors.log import log
 
 Turn = Callable[..., object]
 
+#: Cancelled timers are swept out where they are so many, and more than the others.
+SWEEP_MIN = 64
+
+# No wait of a thread may be arbitrarily long: the platform bounds it.
+_WAIT_MAX_S = 3_600.0
+
 
 class Timer:
     """A turn that is due later; `cancel` takes it back."""
 
-    __slots__ = ("arguments", "is_cancelled", "turn")
+    __slots__ = ("arguments", "is_cancelled", "on_cancel", "turn")
 
-    def __init__(self, turn: Turn, arguments: tuple[Any, ...]) -> None:
+    def __init__(
+        self,
+        turn: Turn,
+        arguments: tuple[Any, ...],
+        on_cancel: Callable[[], None] | None = None,
+    ) -> None:
         self.turn = turn
         self.arguments = arguments
         self.is_cancelled = False
+        self.on_cancel = on_cancel
 
     def cancel(self) -> None:
         """Do not run it, if it has not run yet."""
+        if self.is_cancelled:
+            return
         self.is_cancelled = True
+        if self.on_cancel is not None:
+            self.on_cancel()
 
 
 class Dispatcher(Protocol):
@@ -80,6 +96,8 @@ class ThreadDispatcher:
         self._bell.acquire()
         self._timers: list[tuple[int, int, Timer]] = []
         self._timer_number = itertools.count()
+        self._cancelled_count = 0
+        self._cancelled_lock = threading.Lock()
         self._is_ending = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -92,7 +110,7 @@ class ThreadDispatcher:
 
     def call_at(self, when_ns: int, turn: Turn, /, *arguments: Any) -> Timer:
         """Run `turn` once it is `when_ns`; from any thread."""
-        timer = Timer(turn, arguments)
+        timer = Timer(turn, arguments, self._timer_cancelled)
         self.post(self._add_timer, when_ns, timer)
         return timer
 
@@ -117,25 +135,55 @@ class ThreadDispatcher:
         self._is_ending = True
 
     def _add_timer(self, when_ns: int, timer: Timer) -> None:
-        heapq.heappush(self._timers, (when_ns, next(self._timer_number), timer))
+        if timer.is_cancelled:
+            self._count_cancelled(-1)
+        else:
+            heapq.heappush(self._timers, (when_ns, next(self._timer_number), timer))
+
+    def _timer_cancelled(self) -> None:
+        if self._count_cancelled(1):
+            self.post(self._sweep)
+
+    def _count_cancelled(self, by: int) -> bool:
+        """Count; true: it is time to sweep them out."""
+        with self._cancelled_lock:
+            self._cancelled_count = max(0, self._cancelled_count + by)
+            return (
+                by > 0
+                and self._cancelled_count >= SWEEP_MIN
+                and self._cancelled_count * 2 > len(self._timers)
+            )
+
+    def _sweep(self) -> None:
+        kept = [each for each in self._timers if not each[2].is_cancelled]
+        self._count_cancelled(len(kept) - len(self._timers))
+        self._timers = kept
+        heapq.heapify(kept)
+
+    def _due(self) -> None:
+        """Run the timer that is due first."""
+        timer = heapq.heappop(self._timers)[2]
+        timer.on_cancel = None
+        if timer.is_cancelled:
+            self._count_cancelled(-1)
+        else:
+            self._take(timer.turn, timer.arguments)
 
     def _run(self) -> None:
-        turns, timers, now_ns = self._turns, self._timers, self.now_ns
+        turns, now_ns = self._turns, self.now_ns
         while not self._is_ending:
             wait_s = -1.0  # until it is woken
-            if timers:
-                wait_s = (timers[0][0] - now_ns()) / 1e9
+            if self._timers:
+                wait_s = (self._timers[0][0] - now_ns()) / 1e9
                 if wait_s <= 0:
-                    timer = heapq.heappop(timers)[2]
-                    if not timer.is_cancelled:
-                        self._take(timer.turn, timer.arguments)
+                    self._due()
                     # What was posted before has its turn too.
                     wait_s = 0.0
             if turns:
                 turn, arguments = turns.popleft()
                 self._take(turn, arguments)
             elif wait_s:
-                self._sleep(wait_s)
+                self._sleep(min(wait_s, _WAIT_MAX_S))
 
     def _sleep(self, wait_s: float) -> None:
         # First the flag, then the look: a turn posted in between wakes it, or is
@@ -156,7 +204,7 @@ class ThreadDispatcher:
         self.busy_since_ns = self.now_ns()
         try:
             turn(*arguments)
-        except Exception as error:  # a bug; one turn must not end the others
+        except BaseException as error:  # a bug; one turn must not end the others
             self.bug_count += 1
             log.exception("a turn raised")
             if self._on_bug is not None:
@@ -209,6 +257,17 @@ class DispatchedActor(pykka.Actor):
 
     batch_max: ClassVar[int] = 256
 
+    @classmethod
+    def start(cls, *args: Any, **kwargs: Any) -> pykka.ActorRef[Any]:
+        """Start it, unknown to pykka's registry.
+
+        What is registered there is the program's own, and ends when the program
+        calls `pykka.ActorRegistry.stop_all()`.
+        """
+        actor = cls(*args, **kwargs)
+        actor._start_actor_loop()
+        return actor.actor_ref
+
     def __init__(
         self,
         *,
@@ -239,11 +298,14 @@ class DispatchedActor(pykka.Actor):
         batch: list[Any] = []
         while inbox.envelopes and len(batch) < self.batch_max:
             batch.append(inbox.envelopes.popleft())
-        self._handle_batch(batch)
-        if self.actor_stopped.is_set():
-            self._actor_loop_teardown()
-        else:
-            inbox.rest()
+        try:
+            self._handle_batch(batch)
+        finally:
+            # Without it nothing would ever wake the actor again.
+            if self.actor_stopped.is_set():
+                self._actor_loop_teardown()
+            else:
+                inbox.rest()
 
     def _handle_batch(self, batch: list[Any]) -> None:
         for envelope in batch:
@@ -253,7 +315,7 @@ class DispatchedActor(pykka.Actor):
                 continue
             try:
                 answer = self._handle_receive(envelope.message)
-            except Exception as error:  # as pykka: to the asker, or the end
+            except BaseException as error:  # as pykka: to the asker, or the end
                 if envelope.reply_to is not None:
                     envelope.reply_to.set_exception()
                     continue

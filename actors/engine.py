@@ -3,9 +3,11 @@
 import math
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from types import TracebackType
 from typing import Any, Protocol
 
 import pykka
@@ -14,14 +16,22 @@ from actors.clock import Clock, SystemClock
 from actors.dispatch import Dispatcher, ThreadDispatcher
 from actors.event_stream import StartReader, start_thread_reader
 from actors.future import Future
+from actors.log import log
 from actors.store_actor import StoreActor, Turnstile
 from actors.store_url import open_store
 from actors.transport import InProcessTransport, Transport
 from placement.contracts import Store
+from placement.errors import NotReady
 from placement.partition import PARTITIONS_DEFAULT, PartitionTable
-from placement.topology import Address, Topology
+from placement.session import Watch
+from placement.topology import Address, SessionId, Topology
 
 _STOP_S = 10.0
+_YEAR_S = 365 * 86_400.0
+
+
+class StoreInUse(ValueError):
+    """Another process's sessions are alive in the store, and cannot be reached."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +60,8 @@ class Settings:
             raise ValueError(f"partitions must be 1 to 2**20, not {self.partitions}")
         for name in ("ttl", "ask_timeout", "cache_ttl"):
             seconds = getattr(self, name)
-            if not 0.01 <= seconds < math.inf:  # noqa: PLR2004
-                raise ValueError(f"{name} must be at least 0.01 s, not {seconds}")
+            if not 0.01 <= seconds <= _YEAR_S:  # noqa: PLR2004
+                raise ValueError(f"{name} must be 0.01 s to a year, not {seconds}")
         if not 0 <= self.margin_s < self.ttl:
             raise ValueError(f"margin must be 0 to ttl, not {self.margin}")
         if not 0 < self.renew_every_s < self.ttl - self.margin_s:
@@ -90,7 +100,13 @@ class Condition(Protocol):
     def __enter__(self) -> Any:
         """Change a fact from now on."""
 
-    def __exit__(self, *exc_info: object) -> Any:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> Any:
         """It has been changed."""
 
     def notify_all(self) -> None:
@@ -113,7 +129,10 @@ class Engine(Protocol):
     system: Dispatcher
     entries: "pykka.ActorRef[Any]"
     sessions: "pykka.ActorRef[Any]"
-    start_reader: StartReader
+
+    @property
+    def start_reader(self) -> StartReader:
+        """How the subscribers of events are read for."""
 
     def dispatcher(self, name: str) -> GrainDispatcher:
         """A dispatcher for one node's Grains."""
@@ -172,6 +191,40 @@ class EmbeddedEngine:
             self.store.another(), dispatcher=self._lanes[1], turnstile=turnstile
         )
 
+    def take_over(self, *, timeout_s: float = math.inf) -> None:
+        """Wait out sessions that a crash has left in the store.
+
+        Raises:
+            StoreInUse: one of them is renewed, or another is opened: its process
+                lives, and cannot be reached from here.
+            NotReady: the time was not enough.
+            StoreFailure: the store cannot be read now.
+        """
+        watch, pause = Watch(), threading.Event()
+        first: dict[SessionId, int] | None = None
+        until_s = time.monotonic() + timeout_s
+        while True:
+            view = self.store.read_sessions()
+            now_ns = self.clock.now_ns()
+            watch.view(view, now_ns)
+            counts = watch.counts()
+            if first is None:
+                first = counts
+            # What a crash has left was there from the first, and stands still.
+            alive = sorted(s for s, count in counts.items() if first.get(s) != count)
+            if alive:
+                raise StoreInUse(
+                    f"store {self.store.url}: session {alive[0]} of another process "
+                    "is alive in it; who cannot reach it needs the store for itself"
+                )
+            if not counts:
+                return
+            if time.monotonic() >= until_s:
+                raise NotReady(f"session {min(counts)} is not over yet")
+            for close in watch.expired(now_ns, besides=None):
+                self.store.close_session(close.session, close.count)
+            pause.wait(0.05)
+
     def dispatcher(self, name: str) -> GrainDispatcher:
         """A dispatcher for one node's Grains."""
         return ThreadDispatcher(name, self.clock)
@@ -199,9 +252,17 @@ class EmbeddedEngine:
         return self._table
 
     def close(self) -> None:
-        """Free threads and connections."""
-        self.entries.stop()
-        self.sessions.stop()
+        """Free threads and connections, within a time: a store may hang."""
+        until_s = time.monotonic() + _STOP_S
+
+        def left_s() -> float:
+            return max(0.0, until_s - time.monotonic())
+
+        for actor in (self.entries, self.sessions):
+            try:
+                actor.stop(timeout=left_s())
+            except pykka.Timeout:
+                log.warning("the store does not come back", store=self.store.url)
         for dispatcher in (*self._lanes, self._system):
-            dispatcher.stop(_STOP_S)
+            dispatcher.stop(left_s())
         self.store.close()

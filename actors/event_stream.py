@@ -29,7 +29,7 @@ class _Reader(pykka.ThreadingActor):
         while (event := self._take()) is not None:
             try:
                 self._subscriber(event)
-            except Exception:  # the subscriber's trouble is nobody else's
+            except BaseException:  # the subscriber's trouble is nobody else's
                 log.exception("a subscriber of events raised")
 
 
@@ -53,8 +53,11 @@ def start_thread_reader(
     subscriber: Callable[[Event], Any], take: Callable[[], Event | None]
 ) -> Reader:
     """A reader with a thread of its own."""
-    reader: Reader = _Reader.start(subscriber, take)
-    return reader
+    # Not by `start`, which would register it: a program that stops all of its
+    # actors would stop its subscriptions with them.
+    actor = _Reader(subscriber, take)
+    actor._start_actor_loop()  # noqa: SLF001
+    return actor.actor_ref
 
 
 class Subscription:

@@ -3,20 +3,37 @@
 import asyncio
 import threading
 from collections.abc import Callable, Generator
+from threading import TIMEOUT_MAX
 from typing import Any
 
 import pykka
 
+from actors.log import log
 from placement.errors import OutcomeUnknown
 
 
 class _Running(threading.local):
-    """Whose user code runs on this thread; none outside of a Grain."""
+    """Whose user code runs on this thread; none outside of an activation."""
 
     activation: Any = None
 
 
 running = _Running()
+
+
+class BlockingInGrain(RuntimeError):
+    """A Grain must not wait for an answer; it awaits it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a Grain must not block: use await ref.ask_async(...), or await the call"
+        )
+
+
+def must_not_block() -> bool:
+    """Tell whether the user code of a Grain runs on this thread."""
+    activation = running.activation
+    return activation is not None and not activation.may_block()
 
 
 class Future(pykka.Future[Any]):
@@ -44,15 +61,19 @@ class Future(pykka.Future[Any]):
 
         Raises:
             OutcomeUnknown: none came in time.
+            BlockingInGrain: it would have a Grain wait.
             PlacementError: the refusal or failure that came instead.
         """
         if self._get_hook is not None:
             return super().get(timeout=timeout)
         if not self._is_done:
+            if must_not_block():
+                raise BlockingInGrain
             latch = threading.Lock()
             latch.acquire()
             self.on_done(lambda _: latch.release())
-            if not latch.acquire(timeout=-1 if timeout is None else max(0, timeout)):
+            limit = -1 if timeout is None else min(max(0, timeout), TIMEOUT_MAX)
+            if not latch.acquire(timeout=limit):
                 raise OutcomeUnknown(f"no answer within {timeout} s")
         if self._error is not None:
             raise self._error
@@ -80,7 +101,10 @@ class Future(pykka.Future[Any]):
             self._is_done = True
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
-            callback(self)
+            try:
+                callback(self)
+            except BaseException:  # the trouble of one who waits is nobody else's
+                log.exception("a callback of a future raised")
 
     def on_done(self, callback: Callable[["Future"], object]) -> None:
         """Call `callback` once it is done: on the thread that answers, or now."""
@@ -91,7 +115,9 @@ class Future(pykka.Future[Any]):
         callback(self)
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        if running.activation is not None:
+        activation = running.activation
+        # A ThreadingActor may run an event loop of its own, and await in that.
+        if activation is not None and not (activation.may_block() and _has_loop()):
             answer = yield self
             return answer
         loop = asyncio.get_running_loop()
@@ -113,3 +139,11 @@ class Future(pykka.Future[Any]):
         self.on_done(wake)
         yield from arrived.__await__()
         return self.get(timeout=0)
+
+
+def _has_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

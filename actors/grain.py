@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 import msgspec
 from typing_extensions import TypeVar
 
+from actors.log import log
 from actors.state import SCHEMA_MAX, decode_state, encode_state
-from placement.errors import BadMessage, Rejected
+from messages import payload as payloads
+from placement.errors import BadMessage, Rejected, describe
 
 if TYPE_CHECKING:
     from actors.context import Context
@@ -60,7 +62,8 @@ class Grain(Generic[State]):
 
     schema_version: ClassVar[int] = 1
     context: "Context"
-    state: State
+    # None where no type is in brackets; what such a class keeps in it is its own.
+    state: State = None  # type: ignore[assignment]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -152,7 +155,13 @@ class Surface:
         # Annotations are read at the first use: they may name what comes later.
         found = self._read.get(name)
         if found is None:
-            found = self._read[name] = _Handler(name, self._functions[name])
+            try:
+                found = self._read[name] = _Handler(name, self._functions[name])
+            except Exception as error:
+                raise BadMessage(
+                    f"{self.name}.{name}: its annotations cannot be read: "
+                    f"{_said(error)}"
+                ) from None
         return found
 
     # --- calls ---
@@ -174,9 +183,9 @@ class Surface:
         for parameter in list(bound)[1:]:
             try:
                 plain[parameter] = _to_plain(bound[parameter])
-            except (TypeError, ValueError, OverflowError) as error:
+            except Exception as error:
                 raise BadMessage(
-                    f"{self.name}.{name}: argument {parameter!r}: {error}"
+                    f"{self.name}.{name}: argument {parameter!r}: {_said(error)}"
                 ) from None
         return {CALL: name, ARGUMENTS: plain}
 
@@ -215,9 +224,9 @@ class Surface:
         for parameter, value in plain.items():
             try:
                 arguments[parameter] = _from_plain(value, found.parameters[parameter])
-            except (msgspec.ValidationError, TypeError, ValueError) as error:
+            except BaseException as error:  # the types are user code too
                 raise BadMessage(
-                    f"{self.name}.{name}: argument {parameter!r}: {error}"
+                    f"{self.name}.{name}: argument {parameter!r}: {_said(error)}"
                 ) from None
         return found.function, arguments, name
 
@@ -229,8 +238,8 @@ class Surface:
         """
         try:
             return _to_plain(value)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise BadMessage(f"{self.name}.{name} answered: {error}") from None
+        except BaseException as error:  # the types are user code too
+            raise BadMessage(f"{self.name}.{name} answered: {_said(error)}") from None
 
     def decode_answer(self, name: str, plain: Any) -> Any:
         """The answer as annotated.
@@ -240,8 +249,8 @@ class Surface:
         """
         try:
             return _from_plain(plain, self._handler(name).answer_type)
-        except (msgspec.ValidationError, TypeError, ValueError) as error:
-            raise BadMessage(f"{self.name}.{name} answered: {error}") from None
+        except Exception as error:
+            raise BadMessage(f"{self.name}.{name} answered: {_said(error)}") from None
 
     # --- state ---
 
@@ -260,8 +269,8 @@ class Surface:
         state_type = self.state_type()
         grain_class: Any = self._class
         if state_type is NoneType:
-            grain.state = None
-        elif stored is None:
+            return
+        if stored is None:
             grain.state = (typing.get_origin(state_type) or state_type)()
         else:
             grain.state = decode_state(
@@ -296,18 +305,36 @@ def _from_plain(value: Any, wanted: Any) -> Any:
     return msgspec.convert(value, wanted, builtin_types=(bytes,))
 
 
+def _said(error: BaseException) -> str:
+    """What is wrong with a value, by whoever has found it."""
+    type_name, text = describe(error)
+    if isinstance(error, msgspec.ValidationError | TypeError | ValueError):
+        return text
+    return f"{type_name}: {text}"
+
+
 def encode_rejected(error: Rejected) -> tuple[str, str, dict[str, Any]]:
-    """The name, text and plain fields under which a declared error travels."""
-    fields = {name: _to_plain(value) for name, value in error.fields.items()}
-    return error.type_name, str(error), fields
+    """The name, text and plain fields under which a declared error travels.
+
+    Raises:
+        BadMessage: a field cannot travel.
+    """
+    _, text = describe(error)
+    fields = {}
+    for name, value in error.fields.items():
+        try:
+            fields[name] = _to_plain(value)
+        except BaseException as raised:  # the types are user code too
+            raise BadMessage(f"field {name!r}: {_said(raised)}") from None
+    return payloads.copy(error.type_name), text, payloads.copy(fields)
 
 
 def decode_rejected(type_name: str, text: str, fields: dict[str, Any]) -> Rejected:
     """The declared error; a plain `Rejected` where this process does not know it."""
     found = Rejected.find(type_name)
     if found is not None:
-        types = found.field_types()
         try:
+            types = found.field_types()
             return found(
                 text,
                 **{
@@ -315,8 +342,9 @@ def decode_rejected(type_name: str, text: str, fields: dict[str, Any]) -> Reject
                     for name, value in fields.items()
                 },
             )
-        except (msgspec.ValidationError, TypeError, KeyError):
-            pass  # declared otherwise here: then as one that is not known
+        except BaseException as error:
+            # Declared otherwise here: then as one that is not known.
+            log.warning("not the error declared", type=type_name, why=_said(error))
     unknown = Rejected(text, **fields)
     unknown.type_name = type_name
     return unknown

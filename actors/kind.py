@@ -23,10 +23,13 @@ class Kind:
     """How the actors of a kind are made and hosted.
 
     `factory` is a Grain or `pykka.ThreadingActor` class, or a function of the
-    context that makes one. `idle_after` seconds without a message end an
-    activation; none never does. `handler_max` seconds are the longest that a
-    handler takes; it must fit into the safety margin. None, for a
-    ThreadingActor, says that beyond the margin only the fencing token protects.
+    context that makes one. With an `actor_class` the function runs where its
+    actors do; without, on the dispatcher of the node's Grains.
+
+    `idle_after` seconds without a message end an activation; none never does.
+    `handler_max` seconds are the longest that a handler takes; it must fit into
+    the safety margin. None, for a ThreadingActor, says that beyond the margin
+    only the fencing token protects.
 
     Raises:
         BadKind: an option or the class is not one.
@@ -52,8 +55,11 @@ class Kind:
             check_class(actor_class)
         self.factory = factory
         self.actor_class = actor_class
-        self.is_threaded = actor_class is not None and issubclass(
-            actor_class, pykka.ThreadingActor
+        #: None where only what the function makes will tell.
+        self.is_threaded = (
+            None
+            if actor_class is None
+            else issubclass(actor_class, pykka.ThreadingActor)
         )
         if on_error not in {"continue", "stop"}:
             raise BadKind(f"on_error is 'continue' or 'stop', not {on_error!r}")
@@ -86,13 +92,24 @@ class Kind:
             )
 
     def make(self, context: Any) -> Any:
-        """A new instance for `context`."""
+        """A new instance for `context`.
+
+        Raises:
+            BadKind: it is not what the kind said that it makes.
+        """
         if isinstance(self.factory, type):
             return self.factory()
         made = self.factory(context)
-        if not isinstance(made, Grain):
-            raise BadKind(f"the factory made a {type(made).__name__}, not a Grain")
-        return made
+        if self.is_threaded is not True and isinstance(made, Grain):
+            return made
+        if self.is_threaded is not False and isinstance(made, pykka.ThreadingActor):
+            return made
+        wanted = {
+            None: "a Grain or a pykka.ThreadingActor",
+            True: "a pykka.ThreadingActor",
+            False: "a Grain",
+        }[self.is_threaded]
+        raise BadKind(f"the factory made a {type(made).__name__}, not {wanted}")
 
 
 def check_class(actor_class: type) -> None:

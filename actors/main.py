@@ -227,7 +227,7 @@ def run(
                 witness=witness,
                 **settings,
             )
-        except (StoreInUse, BadStore, BadKind) as error:
+        except (StoreInUse, BadStore, BadKind, BadIdentity) as error:
             raise _wrong(str(error)) from None
         except (StoreFailure, PlacementError) as error:
             click.echo(f"placement: {error}", err=True)

@@ -1,5 +1,6 @@
 """A node: one member or client of a cluster, inside a program."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,15 +12,15 @@ from actors.activation import Activation, GrainActivation, Mail
 from actors.coordinator import Arrived, PartitionCoordinator, TopologyChanged
 from actors.engine import EmbeddedEngine, Engine, Settings
 from actors.event_stream import EventStream
-from actors.future import Future, running
+from actors.future import BlockingInGrain, Future, must_not_block
 from actors.grain import encode_rejected
 from actors.kind import Kind
-from actors.outbox import Outbox
+from actors.log import log
+from actors.outbox import Outbox, dropped
 from actors.placement_actor import (
     BeginClient,
     BeginMember,
     Drain,
-    EndActivation,
     EndIdle,
     HasEnded,
     HasFailed,
@@ -29,7 +30,7 @@ from actors.placement_actor import (
     Stop,
 )
 from actors.postbox import Postbox
-from actors.reference import BlockingInGrain, Verbs, kind_among
+from actors.reference import TIMEOUT_MAX_S, Verbs, kind_among, timeout_of
 from actors.store_actor import Perform
 from actors.threaded import ThreadedActivation
 from messages import payload as payloads
@@ -61,6 +62,7 @@ from placement.errors import (
     PlacementError,
     Refusal,
     Rejected,
+    text_of,
 )
 from placement.event import Happened
 from placement.hosting import Hosting
@@ -122,12 +124,18 @@ class Snapshot:
 class _Remote:
     """The origin of a mail that came from another node."""
 
-    __slots__ = ("_address", "_message_id", "_send", "_token")
+    __slots__ = ("_address", "_message_id", "_publish", "_send", "_token")
 
     def __init__(
-        self, send: Callable[..., bool], address: Any, message_id: int, token: int
+        self,
+        send: Callable[..., bool],
+        publish: Callable[[Happened], None],
+        address: Any,
+        message_id: int,
+        token: int,
     ) -> None:
         self._send = send
+        self._publish = publish
         self._address = address
         self._message_id = message_id
         self._token = token
@@ -138,6 +146,9 @@ class _Remote:
     def failed(self, mail: Mail, error: PlacementError) -> None:
         if self._message_id:
             self._send(self._address, failure_of(self._message_id, error))
+        elif not error.may_have_happened:
+            identity = Identity.parse(mail.carried.identity)
+            self._publish(dropped(identity, Refusal.of(error)))
 
     def bounced(self, mail: Mail, pid: Pid) -> None:
         self._send(self._address, mail.carried)
@@ -146,10 +157,42 @@ class _Remote:
 def failure_of(message_id: int, error: PlacementError) -> Failure:
     """The frame under which `error` travels."""
     if isinstance(error, Rejected):
-        type_name, text, fields = encode_rejected(error)
-        return Failure(message_id, "Rejected", text, type_name, fields)
+        try:
+            type_name, text, fields = encode_rejected(error)
+            fields = payloads.copy(fields)
+        except Exception as bad:
+            error = HandlerFailed(error.type_name, f"its fields: {bad}")
+        else:
+            return Failure(
+                message_id, "Rejected", text_of(text), text_of(type_name), fields
+            )
     type_name = error.type_name if isinstance(error, HandlerFailed) else ""
-    return Failure(message_id, type(error).__name__, error.message, type_name, {})
+    text = text_of(error.message)
+    return Failure(message_id, type(error).__name__, text, type_name, {})
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot name a node.
+
+    Raises:
+        BadIdentity: it could not name an actor either.
+        ValueError: it would not tell its sessions from another node's.
+    """
+    Identity("node", name)
+    if "#" in name or "." in name:
+        raise ValueError(f"node name {name!r} must be without # and .")
+
+
+def check_weight(weight: float) -> None:
+    """Refuse a share of the partitions that is none.
+
+    Raises:
+        ValueError: it is not a finite number above 0.
+    """
+    if isinstance(weight, bool) or not isinstance(weight, int | float):
+        raise ValueError(f"weight is a number, not a {type(weight).__name__}")  # noqa: TRY004
+    if not 0 < weight < math.inf:
+        raise ValueError(f"weight must be finite and above 0, not {weight}")
 
 
 class _NodeSender:
@@ -191,7 +234,7 @@ class _NodeSender:
         )
 
     def may_block(self) -> None:
-        if running.activation is not None:
+        if must_not_block():
             raise BlockingInGrain
 
 
@@ -240,9 +283,6 @@ class _NodeHost:
             self._witness.stopped(pid)
         self._tell(HasEnded(pid, version, snapshot))
 
-    def passivate(self, pid: Pid) -> None:
-        self._tell(EndActivation(pid.identity, pid.fencing_token))
-
     def seal(self, activation: Activation) -> None:
         with self._node._outbox.lock:  # noqa: SLF001
             activation.bounce_all()
@@ -280,19 +320,20 @@ class PlacementNode(Verbs):
         settings: Settings | None = None,
         **options: Any,
     ) -> None:
-        Identity("node", name)
-        if not name or "#" in name or "." in name:
-            raise ValueError(f"node name {name!r} must be without # and .")
+        check_name(name)
+        check_weight(weight)
         self.name = name
         self.settings = settings = settings or Settings(**options)
         self._kinds = {kind: Kind.of(each) for kind, each in (kinds or {}).items()}
         for kind, each in self._kinds.items():
             Identity(kind, "x")
             each.check(settings.margin_s)
-        self._owns_engine = engine is None
-        self._engine: Engine = engine or EmbeddedEngine(
-            store, partitions=settings.partitions
-        )
+        self._own_engine: EmbeddedEngine | None = None
+        if engine is None:
+            engine = self._own_engine = EmbeddedEngine(
+                store, partitions=settings.partitions
+            )
+        self._engine: Engine = engine
         self._witness = witness
         self.is_dead = False
         self._state = "new"
@@ -389,28 +430,50 @@ class PlacementNode(Verbs):
 
         Raises:
             NotReady: it was started before, or did not become one in time.
+            StoreInUse: another process lives in the store of this node's own.
         """
-        self._start(BeginMember())
+        self.begin_member(timeout=timeout)
         self.wait_for(lambda: self._is_in(self._session), timeout)
-        self._state = "member"
+
+    def begin_member(self, *, timeout: float = START_S) -> None:
+        """Begin to start as a member, without waiting until it is one.
+
+        Raises:
+            NotReady: it was started before.
+            StoreInUse: another process lives in the store of this node's own.
+        """
+        self._start(BeginMember(), timeout)
 
     def start_client(self, *, timeout: float = START_S) -> None:
         """Resolve and send, and never host; returns when members are known.
 
         Raises:
             NotReady: it was started before, or the store did not answer in time.
+            StoreInUse: another process lives in the store of this node's own.
         """
-        self._start(BeginClient())
+        self._start(BeginClient(), timeout)
         self.wait_for(lambda: self._table is not None, timeout)
         self._state = "client"
 
-    def _start(self, message: Any) -> None:
+    def _start(self, message: Any, timeout: float) -> None:
         if self._state != "new":
             raise NotReady(f"{self.name} is {self._state}, a node starts once")
+        if self._own_engine is not None:
+            self._own_engine.take_over(timeout_s=timeout)
         self._state = "starting"
         self._postbox.open()
         self._outbox.open()
         self._tell_placement(message)
+
+    def begin_stop(self) -> None:
+        """Begin to stop: `has_left` says when it has left in good order."""
+        self._state = "stopping"
+        self._tell_placement(Stop())
+
+    @property
+    def has_left(self) -> bool:
+        """Whether nothing of it is held any more, after `begin_stop`."""
+        return self._has_left
 
     def wait_for(self, fact: Callable[[], bool], timeout: float) -> None:
         """Wait until `fact` holds of what this node knows of the cluster.
@@ -419,7 +482,7 @@ class PlacementNode(Verbs):
             NotReady: it did not within `timeout` seconds.
         """
         with self._changed:
-            if not self._changed.wait_for(fact, timeout):
+            if not self._changed.wait_for(fact, min(timeout, TIMEOUT_MAX_S)):
                 raise NotReady(f"{self.name}: {self._why_not} after {timeout} s")
 
     def _is_in(self, session: SessionId | None) -> bool:
@@ -439,9 +502,8 @@ class PlacementNode(Verbs):
             self.kill()
             return
         was_started = self._state != "new"
-        self._state = "stopping"
         if was_started:
-            self._tell_placement(Stop())
+            self.begin_stop()
             with self._changed:
                 is_clean = self._changed.wait_for(lambda: self._has_left, timeout)
             if not is_clean:
@@ -496,6 +558,8 @@ class PlacementNode(Verbs):
             guard.shut()
         self._grains.kill()
         self._outbox.close(self._why_not)
+        if self._witness is not None:
+            self._witness.killed(self.name)
         self._engine.bug(error)
 
     def _close(self) -> None:
@@ -509,8 +573,8 @@ class PlacementNode(Verbs):
             each.activation.abandon()
         self._publish(Happened(kind="placement", name="Stopped"))
         self.events.close()
-        if self._owns_engine:
-            self._engine.close()
+        if self._own_engine is not None:
+            self._own_engine.close()
 
     # --- verbs ---------------------------------------------------------------
 
@@ -521,9 +585,11 @@ class PlacementNode(Verbs):
 
         Raises:
             BadIdentity: it is none.
+            ValueError: `timeout` is none.
             PlacementError: it cannot be, by the reason's own class.
         """
         self._sender.may_block()
+        timeout = timeout_of(timeout)
         limit = self.settings.ask_timeout if timeout is None else timeout
         future = self.seek(identity, timeout=timeout)
         pid = future.get(timeout=limit + 2)
@@ -542,7 +608,9 @@ class PlacementNode(Verbs):
 
         Raises:
             BadIdentity: it is none.
+            ValueError: `timeout` is none.
         """
+        timeout = timeout_of(timeout)
         future = self._engine.future()
         self._outbox.seek(Identity.parse(identity), timeout, future)
         return future
@@ -641,8 +709,23 @@ class PlacementNode(Verbs):
         eligible = tuple(
             member for member in table.topology.members if member.hosts(identity.kind)
         )
-        chosen = kind.strategy(identity, eligible, table.owner_of(identity))
-        return chosen if chosen in eligible else default
+        try:
+            chosen = kind.strategy(identity, eligible, table.owner_of(identity))
+            if chosen in eligible:
+                return chosen
+            reason = f"it chose {chosen!r}, which is not eligible"
+        except Exception as error:  # user code may raise anything
+            log.error("a strategy raised", identity=str(identity), exc_info=error)
+            reason = f"{type(error).__name__}: {error}"
+        self._publish(
+            Happened(
+                kind="placement",
+                name="StrategyFailed",
+                identity=identity,
+                reason=reason,
+            )
+        )
+        return default
 
     def _frame(self, sender: Any, body: Frame) -> None:
         if self.is_dead:
@@ -691,14 +774,25 @@ class PlacementNode(Verbs):
             frame.remaining_ms,
             frame.chain,
         )
-        now_ns = self._engine.clock.now_ns()
+        is_ask = frame.message_id != 0
+        # Nobody waits for a tell: it may be in the mailbox as long as it takes.
+        handle_by_ns = 0
+        if is_ask:
+            now_ns = self._engine.clock.now_ns()
+            handle_by_ns = now_ns + frame.remaining_ms * 1_000_000
         mail = Mail(
             frame.payload,
             frame.request_id,
             frame.chain,
-            now_ns + frame.remaining_ms * 1_000_000,
-            frame.message_id != 0,
-            _Remote(self._postbox.send, sender, frame.message_id, frame.token),
+            handle_by_ns,
+            is_ask,
+            _Remote(
+                self._postbox.send,
+                self._publish,
+                sender,
+                frame.message_id,
+                frame.token,
+            ),
             carried=bounce,
         )
         with self._outbox.lock:
@@ -718,7 +812,7 @@ class PlacementNode(Verbs):
         """An activation of `pid`, not started, and when it counts as idle."""
         kind = self._kinds[pid.identity.kind]
         activation_class: Any = (
-            ThreadedActivation if kind.is_threaded else GrainActivation
+            GrainActivation if kind.is_threaded is False else ThreadedActivation
         )
         made = activation_class(pid, record, guard=guard, kind=kind, host=self._host)
         return made, kind.idle_after
@@ -743,6 +837,8 @@ class PlacementNode(Verbs):
         is_new = self._table is None or self._table.epoch != table.epoch
         with self._changed:
             self._table = table
+            if self._state == "starting" and self._is_in(self._session):
+                self._state = "member"
             self._changed.notify_all()
         if is_new:
             self._publish(

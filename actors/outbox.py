@@ -36,6 +36,7 @@ from placement.delivery import (
 from placement.entry import Pid
 from placement.errors import (
     REASONS,
+    BadMessage,
     HandlerFailed,
     NotReady,
     OutcomeUnknown,
@@ -49,6 +50,7 @@ from placement.registry import VirtualActorRegistry
 from placement.topology import Address, SessionId, address_of
 
 _LOOK_EVERY_NS = 20_000_000
+_DEADLINES_MIN = 1_024
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +73,8 @@ class Outbox:
     """Messages of one node to any identity, from any thread.
 
     Its lock orders sending against the sealing of mailboxes on this node, so
-    that nothing overtakes what a sealed mailbox gives back.
+    that nothing overtakes what a sealed mailbox gives back. An answer does not
+    take it, it only pops: whoever goes through `_asked` goes through a copy.
     """
 
     def __init__(
@@ -114,7 +117,8 @@ class Outbox:
         """Send no more; what waits for an answer hears why there is none."""
         with self.lock:
             self._perform(self._deliveries.close(why))
-            asked, self._asked = self._asked, {}
+            asked = self._asked.copy()
+            self._asked.clear()
             self._alarm.cancel()
         for each in asked.values():
             each.future.set_error(
@@ -127,10 +131,11 @@ class Outbox:
         with self.lock:
             now_ns = self._now_ns()
             self._perform(self._deliveries.adopt(table, gone, now_ns=now_ns))
-            lost = [
-                number for number, each in self._asked.items() if each.session in gone
+            ended = [
+                each
+                for number, each in self._asked.copy().items()
+                if each.session in gone and self._asked.pop(number, None) is not None
             ]
-            ended = [self._asked.pop(number) for number in lost]
         for each in ended:
             each.future.set_error(
                 OutcomeUnknown(f"{each.message.identity}: {each.session} has ended")
@@ -152,7 +157,10 @@ class Outbox:
         now_ns = self._now_ns()
         seconds = self.ask_timeout if timeout is None else timeout
         deadline_ns = now_ns + max(0, round(seconds * 1e9))
-        mail = Mail(payload, request_id, chain, deadline_ns, future is not None, self)
+        is_ask = future is not None
+        # Nobody waits for a tell: its time bounds only how long it is held.
+        handle_by_ns = deadline_ns if is_ask else 0
+        mail = Mail(payload, request_id, chain, handle_by_ns, is_ask, self)
         with self.lock:
             self._last_number += 1
             number = self._last_number
@@ -163,7 +171,15 @@ class Outbox:
                 if not self._deadlines or deadline_ns < self._deadlines[0][0]:
                     self._alarm.set(deadline_ns)
                 heapq.heappush(self._deadlines, (deadline_ns, number))
+                if len(self._deadlines) > max(_DEADLINES_MIN, 2 * len(self._asked)):
+                    self._forget_answered()
             self._dispatch(message, now_ns)
+
+    def _forget_answered(self) -> None:
+        """Keep no deadline of what has its answer; the lock is held."""
+        asked = self._asked
+        self._deadlines = [each for each in self._deadlines if each[1] in asked]
+        heapq.heapify(self._deadlines)
 
     def seek(self, identity: Identity, timeout: float | None, future: Future) -> None:
         """Answer `future` with the pid of `identity`, which is started if it is not."""
@@ -275,7 +291,11 @@ class Outbox:
             max(1, (message.deadline_ns - now_ns) // 1_000_000),
             content.chain,
         )
-        if self._send_frame(pid.address, frame):
+        try:
+            is_sent = self._send_frame(pid.address, frame)
+        except BadMessage as error:
+            return (FailMessage(message, Refusal.of(error)),)
+        if is_sent:
             return ()
         return self._deliveries.bounced(pid, message, needs_mark=False, now_ns=now_ns)
 
@@ -288,14 +308,7 @@ class Outbox:
             if asked is not None:
                 asked.future.set_error(refusal.error())
         else:
-            self._publish(
-                Happened(
-                    kind="actor",
-                    name="MessageDropped",
-                    identity=message.identity,
-                    reason=f"{refusal.reason}: {refusal.message}",
-                )
-            )
+            self._publish(dropped(message.identity, refusal))
 
     # --- origin of the mails of this node (any thread) ---
 
@@ -310,6 +323,8 @@ class Outbox:
         asked = self._asked.pop(mail.number, None)
         if asked is not None:
             asked.future.set_error(error)
+        elif not mail.is_ask and not error.may_have_happened:
+            self._publish(dropped(mail.carried.identity, Refusal.of(error)))
 
     def bounced(self, mail: Mail, pid: Pid) -> None:
         """A sealed mailbox on this node gives it back; the lock is held."""
@@ -320,6 +335,9 @@ class Outbox:
             asked = self._asked.get(message.number)
             if asked is not None:
                 asked.session = None
+            elif not mail.is_ask:
+                # However long it was in the mailbox, it is only now homeless.
+                message.deadline_ns = now_ns + round(self.ask_timeout * 1e9)
             self._perform(
                 self._deliveries.bounced(pid, message, needs_mark=False, now_ns=now_ns)
             )
@@ -356,12 +374,7 @@ class Outbox:
                 self._last_number += 1
                 deadline_ns = now_ns + frame.remaining_ms * 1_000_000
                 mail = Mail(
-                    frame.payload,
-                    frame.request_id,
-                    frame.chain,
-                    deadline_ns,
-                    False,
-                    self,
+                    frame.payload, frame.request_id, frame.chain, 0, False, self
                 )
                 message = Outgoing(self._last_number, identity, deadline_ns, mail)
                 mail.number, mail.carried = message.number, message
@@ -422,6 +435,16 @@ class Outbox:
         for each in late:
             identity = each.message.identity
             each.future.set_error(OutcomeUnknown(f"{identity}: no answer in time"))
+
+
+def dropped(identity: Identity, refusal: Refusal) -> Happened:
+    """A told message was refused: nobody else hears of it."""
+    return Happened(
+        kind="actor",
+        name="MessageDropped",
+        identity=identity,
+        reason=f"{refusal.reason}: {refusal.message}",
+    )
 
 
 def error_of(frame: Failure) -> PlacementError:

@@ -113,14 +113,6 @@ class HasEnded:
 
 
 @dataclass(frozen=True, slots=True)
-class EndActivation:
-    """Passivate it, if it is that one; `fencing_token` none: whichever."""
-
-    identity: Identity
-    fencing_token: int | None
-
-
-@dataclass(frozen=True, slots=True)
 class EndIdle:
     """Passivate all that were not used for so long."""
 
@@ -136,7 +128,6 @@ PlacementMessage: TypeAlias = (
     | HasStarted
     | HasFailed
     | HasEnded
-    | EndActivation
     | EndIdle
     | Arrived
 )
@@ -219,8 +210,6 @@ class PlacementActor(DispatchedActor):
             case HasFailed(pid, refusal):
                 self._registry.remove(pid)
                 self._host(self._hosting.start_failed(pid, refusal))
-            case EndActivation(identity, token):
-                self._host(self._hosting.passivate(identity, fencing_token=token))
             case EndIdle(idle_for_ns):
                 self._end_idle(idle_for_ns, now_ns)
             case Arrived(sender, body):

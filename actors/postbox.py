@@ -6,9 +6,11 @@ from typing import Any
 
 from actors.dispatch import Dispatcher
 from actors.future import Future
+from actors.log import log
 from actors.transport import Transport
 from messages.codec import BadFrame, Codec
-from messages.frames import Frame
+from messages.frames import Answer, Bounce, Deliver, Failure, Frame
+from placement.errors import BadMessage
 from placement.event import Happened
 from placement.topology import Address
 
@@ -67,7 +69,15 @@ class Postbox:
         self._transport.kill(self._address)
 
     def send(self, to: Address, body: Frame) -> bool:
-        """Send; false only where it is certain that nobody will receive it."""
+        """Send; false only where it is certain that nobody will receive it.
+
+        A transport that raises has lost the frame: no actor ends by that. Where a
+        frame that carries an answer, or a message back, is too large, the asker is
+        told so.
+
+        Raises:
+            BadMessage: a message is too large to be delivered.
+        """
         if not self._is_open:
             return False
         if to == self._address:
@@ -76,8 +86,25 @@ class Postbox:
         with self._lock:
             number = self._last_sent.get(to, 0) + 1
             self._last_sent[to] = number
-            data = self._codec.encode(self._address, to, number, body)
-            return self._transport.send(to, data)
+            try:
+                data = self._codec.encode(self._address, to, number, body)
+            except BadMessage as error:
+                if isinstance(body, Deliver):
+                    raise
+                refusal = self._too_large(body, error)
+                data = self._codec.encode(self._address, to, number, refusal)
+            return self._hand_over(to, data)
+
+    def _too_large(self, body: Frame, error: BadMessage) -> Frame:
+        """What to send instead of a frame that nobody would take."""
+        message_id = 0
+        match body:
+            case Answer() | Failure() | Bounce():
+                message_id = body.message_id
+        self._publish(
+            Happened(kind="placement", name="FrameTooLarge", reason=str(error))
+        )
+        return Failure(message_id, "BadMessage", str(error), "", {})
 
     def send_echo(self, body: Frame) -> None:
         """Send to itself the whole way: encoded, through the transport."""
@@ -86,7 +113,21 @@ class Postbox:
             number = self._last_sent.get(to, 0) + 1
             self._last_sent[to] = number
             data = self._codec.encode(to, to, number, body)
-            self._transport.send(to, data)
+            self._hand_over(to, data)
+
+    def _hand_over(self, to: Address, data: bytes) -> bool:
+        try:
+            return self._transport.send(to, data)
+        except Exception as error:  # a transport is another's code
+            log.exception("the transport raised", to=to)
+            self._publish(
+                Happened(
+                    kind="placement",
+                    name="TransportFailed",
+                    reason=f"{type(error).__name__}: {error}",
+                )
+            )
+            return True  # it may have been received
 
     def forget(self, address: Address) -> None:
         """That incarnation has ended: nothing comes from it any more."""

@@ -5,6 +5,7 @@ from typing import Any, Protocol, TypeVar, cast, overload
 
 from actors.future import Future
 from actors.grain import Surface
+from messages.payload import request_id_of
 from placement.errors import BadMessage
 from placement.identity import BadIdentity, Identity
 
@@ -16,13 +17,22 @@ A = TypeVar("A")
 _GRACE_S = 2.0
 
 
-class BlockingInGrain(RuntimeError):
-    """A Grain must not wait for an answer; it awaits it."""
+TIMEOUT_MAX_S = 365 * 86_400.0
 
-    def __init__(self) -> None:
-        super().__init__(
-            "a Grain must not block: use await ref.ask_async(...), or await the call"
-        )
+
+def timeout_of(seconds: Any) -> float | None:
+    """How long to wait, at most a year; none is whatever is usual.
+
+    Raises:
+        ValueError: it is no number of seconds above 0.
+    """
+    if seconds is None:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise ValueError(f"timeout is seconds, not a {type(seconds).__name__}")  # noqa: TRY004
+    if not seconds > 0:  # also where it is not a number
+        raise ValueError(f"timeout must be above 0 seconds, not {seconds}")
+    return float(min(seconds, TIMEOUT_MAX_S))
 
 
 class Sender(Protocol):
@@ -73,8 +83,10 @@ class Ref:
 
         Raises:
             PlacementError: it was refused or failed, by the reason's own class.
-            BadMessage: `message` cannot be carried.
+            BadMessage: `message` or `request_id` cannot be carried.
+            ValueError: `timeout` is none.
         """
+        request_id, timeout = request_id_of(request_id), timeout_of(timeout)
         if not block:
             return self._sender.ask(
                 self.identity, message, timeout=timeout, request_id=request_id
@@ -93,12 +105,14 @@ class Ref:
         request_id: str = "",
     ) -> Any:
         """Ask; awaiting it blocks neither an event loop nor a Grain's dispatcher."""
+        request_id, timeout = request_id_of(request_id), timeout_of(timeout)
         return await self._sender.ask(
             self.identity, message, timeout=timeout, request_id=request_id
         )
 
     def tell(self, message: Any, *, request_id: str = "") -> None:
         """Send, at most once, without an answer."""
+        request_id = request_id_of(request_id)
         self._sender.tell(self.identity, message, request_id=request_id)
 
 
@@ -234,7 +248,8 @@ class Verbs:
         Raises:
             PlacementError: it was refused or failed, by the reason's own class.
         """
-        call = _call(call)
+        call, request_id = _call(call), request_id_of(request_id)
+        timeout = timeout_of(timeout)
         self._sender.may_block()
         future = self._sender.ask(
             call.identity, call.payload, timeout=timeout, request_id=request_id
@@ -243,7 +258,7 @@ class Verbs:
 
     def tell(self, call: Any, *, request_id: str = "") -> None:
         """Send the call of a proxy's handler, at most once, without an answer."""
-        call = _call(call)
+        call, request_id = _call(call), request_id_of(request_id)
         self._sender.tell(call.identity, call.payload, request_id=request_id)
 
     def _kind_of(self, actor_class: type) -> str:

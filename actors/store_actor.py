@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
 from actors.dispatch import DispatchedActor, Dispatcher
+from actors.log import log
 from placement.contracts import (
     Acquire,
     Claim,
@@ -180,6 +181,10 @@ class StoreActor(DispatchedActor):
         except StoreFailure as error:
             self.failure_count += 1
             return StoreTrouble(str(error))
+        except Exception as error:  # a store may be a user's own
+            self.failure_count += 1
+            log.exception("the store raised what is no StoreFailure")
+            return StoreTrouble(_said(error))
         raise TypeError(f"no request to a store: {request!r}")
 
     def _perform_all(self, flat: list["_Step"]) -> None:
@@ -195,6 +200,11 @@ class StoreActor(DispatchedActor):
             # One of them may be the cause: let it fail alone.
             for step in flat:
                 self._perform_all([step])
+        except Exception as error:  # a store may be a user's own
+            self.failure_count += 1
+            log.exception("the store raised what is no StoreFailure")
+            for step in flat:
+                step.outcome = Failed(_said(error), may_have_happened=True)
 
     def _perform_once(self, steps: list["_Step"]) -> None:
         """One transaction: in rounds, so that each identity's order is kept."""
@@ -240,6 +250,18 @@ def _steps(entries: list[Perform]) -> list[_Step]:
     return steps
 
 
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def _reply(answered: list[tuple[Perform, Any]]) -> None:
+    """Tell each its outcome; one that raises keeps no other from hearing its own."""
+    first: Exception | None = None
     for perform, outcome in answered:
-        perform.reply(perform.request, outcome)
+        try:
+            perform.reply(perform.request, outcome)
+        except Exception as error:  # a bug: raised when all have heard
+            log.exception("a reply raised", request=type(perform.request).__name__)
+            first = first or error
+    if first is not None:
+        raise first

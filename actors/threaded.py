@@ -2,7 +2,8 @@
 
 The turns are those of a Grain, with the actor's own inbox for a dispatcher. The
 confirmation of a save comes on another thread, because the actor's own may be
-waiting for an answer that the output gate holds back.
+waiting for an answer that the output gate holds back. The actor is made on its
+thread too, so that nothing of the user's runs on any other.
 """
 
 import threading
@@ -11,13 +12,22 @@ from typing import Any
 
 import pykka
 
-from actors.activation import GrainActivation, Mail
+from actors.activation import GrainActivation
 from actors.dispatch import Dispatcher, Timer
+from actors.future import running
 from actors.kind import Kind
+from actors.log import log
 from placement.contracts import Failed, Save, Saved, Stale
 from placement.entry import ActivationRecord, Pid
-from placement.errors import PlacementError
+from placement.errors import OutcomeUnknown, PlacementError, Refusal, describe
 from placement.lease import Guard
+
+
+class ActorEnded(RuntimeError):
+    """What user code of a ThreadingActor raised that was no `Exception`.
+
+    Under its own type pykka would stop every actor of the program.
+    """
 
 
 class _Turn:
@@ -31,26 +41,51 @@ class _Turn:
 
 
 class _InboxDispatcher:
-    """Runs turns on the actor's own thread, by its inbox."""
+    """Runs turns on the actor's own thread, by its inbox.
 
-    def __init__(self, timers: Dispatcher) -> None:
-        self._timers = timers
-        self.now_ns = timers.now_ns
-        self.actor: pykka.ActorRef[Any] | None = None
+    While it is not known whether there will be a thread, and where there is none,
+    they run on the dispatcher of the node's Grains.
+    """
+
+    def __init__(self, grains: Dispatcher) -> None:
+        self._grains = grains
+        self.now_ns = grains.now_ns
+        self._lock = threading.Lock()
+        self._early: list[_Turn] | None = None
+        self._actor: pykka.ActorRef[Any] | None = None
+
+    def expect_actor(self) -> None:
+        """Keep what is posted from now on for the actor that is being made."""
+        with self._lock:
+            self._early = []
+
+    def attach(self, actor: pykka.ActorRef[Any]) -> None:
+        """Run turns by the inbox of `actor`, those first that were kept for it."""
+        with self._lock:
+            self._actor = actor
+            for turn in self._early or ():
+                actor.tell(turn)
+            self._early = None
 
     def post(self, turn: Callable[..., object], /, *arguments: Any) -> None:
         """Run `turn` soon; nothing happens where the actor has stopped."""
-        if self.actor is not None:
-            try:
-                self.actor.tell(_Turn(turn, arguments))
-            except pykka.ActorDeadError:
+        with self._lock:
+            if self._early is not None:
+                self._early.append(_Turn(turn, arguments))
                 return
+        if self._actor is None:
+            self._grains.post(turn, *arguments)
+            return
+        try:
+            self._actor.tell(_Turn(turn, arguments))
+        except pykka.ActorDeadError:
+            return
 
     def call_at(
         self, when_ns: int, turn: Callable[..., object], /, *arguments: Any
     ) -> Timer:
         """Run `turn` once it is `when_ns`."""
-        return self._timers.call_at(when_ns, self.post, turn, *arguments)
+        return self._grains.call_at(when_ns, self.post, turn, *arguments)
 
     def is_current(self) -> bool:
         """Not asked of an actor's own thread."""
@@ -68,35 +103,17 @@ class _ThreadedHost:
         return getattr(self._host, name)
 
 
-def _host(actor: Any, activation: "ThreadedActivation") -> None:
-    """Have turns enter the user's actor, and its end told to `activation`."""
-    receive, on_stop = actor._handle_receive, actor.on_stop  # noqa: SLF001
-
-    def handle_receive(message: Any) -> Any:
-        if isinstance(message, _Turn):
-            return message.turn(*message.arguments)
-        return receive(message)
-
-    def stopped() -> None:
-        if activation.may_enter():
-            on_stop()
-        activation.actor_stopped()
-
-    actor.context = activation.context
-    actor.use_daemon_thread = True
-    actor.on_stop = stopped
-    actor._handle_receive = handle_receive  # noqa: SLF001
-    for hook in ("on_activate", "on_passivate"):
-        if not hasattr(actor, hook):
-            setattr(actor, hook, _no_hook)
-
-
 def _no_hook() -> None:
     """A ThreadingActor need not have the hooks of a Grain."""
 
 
 class ThreadedActivation(GrainActivation):
-    """One ThreadingActor: driven on its own thread."""
+    """One ThreadingActor, driven on its own thread; or what only its making tells.
+
+    The function of a kind without an `actor_class` runs on the dispatcher of the
+    node's Grains. What it makes decides: a ThreadingActor goes on with a thread
+    of its own, a Grain as any other.
+    """
 
     def __init__(
         self,
@@ -109,11 +126,15 @@ class ThreadedActivation(GrainActivation):
     ) -> None:
         self._lock = threading.RLock()
         self._inbox = _InboxDispatcher(host.dispatcher)
-        self._maker: Dispatcher = host.dispatcher
         self._grains_host = host
+        self._has_thread = False
+        self._actor: Any = None
+        self._made: Any = None
+        self._last_snapshot: bytes | None = None
+        self._why_stopped: BaseException | None = None
         self._is_inside = False
         self._is_abandoned = False
-        self._owes_end = False
+        self._owed: Refusal | None = None
         as_host: Any = _ThreadedHost(host, self._inbox)
         super().__init__(
             pid,
@@ -126,55 +147,177 @@ class ThreadedActivation(GrainActivation):
     # --- from any thread ---
 
     def start(self) -> None:
-        """Make the actor, and begin on its thread."""
-        self._maker.post(self._create)
-
-    def _create(self) -> None:
-        if self._state != "starting":
-            return
-        if not self.guard.is_open(self._host.now_ns()):
-            self._lapse()
-            return
-        try:
-            factory = self.kind.factory
-            actor = factory() if isinstance(factory, type) else factory(self.context)
-            _host(actor, self)
-        except Exception as error:  # user code may raise anything
-            self._activated(error)
-            return
-        self._grain = actor
-        self._inbox.actor = actor.actor_ref
-        pykka.ActorRegistry.register(actor.actor_ref)
-        actor._start_actor_loop()  # noqa: SLF001
-        self._inbox.post(self._start)
+        """Make the actor on its thread, where it is known to have one, and begin."""
+        if self.kind.is_threaded:
+            self._start_thread()
+        else:
+            self._post(self._decide)
 
     def stop(self, *, lapsed: bool) -> None:
         """End it; after a lapse at once, wherever its thread is."""
-        if lapsed:
+        if lapsed and self._has_thread:
             self._lapse()
         else:
-            self._inbox.post(self._passivate)
+            super().stop(lapsed=lapsed)
 
     def abandon(self) -> None:
         """The node is gone: let the thread end."""
-        self._is_abandoned = True
-        self.guard.shut()
-        self._over()
+        with self._lock:
+            self._is_abandoned = True
+            self.guard.shut()
+            self._over()
+
+    def may_block(self) -> bool:
+        """Whether it has a thread of its own."""
+        return self._has_thread
+
+    def _decide(self) -> None:
+        """Have the function make what tells how it is hosted."""
+        if self._state != "starting":
+            return
+        if not self._enter():
+            self._lapse()
+            return
+        failure: BaseException | None = None
+        try:
+            self._begin()
+            self._made = self.kind.make(self.context)
+        except BaseException as error:  # user code may raise anything
+            failure = error
+        finally:
+            self._leave()
+        if failure is not None:
+            self._activated(failure)
+        elif isinstance(self._made, pykka.ThreadingActor):
+            self._start_thread()
+        else:
+            self._start()
+
+    def _start_thread(self) -> None:
+        self._has_thread = True
+        self._inbox.expect_actor()
+        thread = threading.Thread(
+            target=self._live, name=f"actor-{self.pid.identity}", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system has no more of them
+            self._activated(error)
 
     # --- on its thread ---
 
-    def _make(self) -> Any:
-        return self._grain
+    def _live(self) -> None:
+        """The life of the thread: make the actor, let it run, tell that it ended."""
+        try:
+            if not self._create():
+                return
+            self._actor._actor_loop()  # noqa: SLF001
+        except BaseException as error:  # what pykka lets through, of a failing hook
+            self._why_stopped = error
+            log.exception("an actor ended", identity=str(self.pid.identity))
+        if self._actor is not None:
+            pykka.ActorRegistry.unregister(self._actor.actor_ref)
+            self._actor.actor_stopped.set()
+        self._actor_stopped()
 
-    def _enter(self) -> None:
-        self._is_inside = True
+    def _create(self) -> bool:
+        """Make the actor; false: it has ended before it began."""
+        if not self._enter():
+            self._lapse()
+            return False
+        actor, failure = self._made, None
+        try:
+            self._begin()
+            if actor is None:
+                actor = self.kind.make(self.context)
+            self._host_actor(actor)
+        except BaseException as error:  # user code may raise anything
+            failure = error
+        finally:
+            self._leave()
+        with self._lock:
+            if self._state == "ended" or self._is_abandoned:
+                return False
+            if failure is not None:
+                self._activated(failure)
+                return False
+            self._actor = self._grain = actor
+            pykka.ActorRegistry.register(actor.actor_ref)
+            self._inbox.attach(actor.actor_ref)
+        self._post(self._start)
+        return True
+
+    def _host_actor(self, actor: Any) -> None:
+        """Have turns enter the user's actor, and its hooks ask the guard."""
+        if not hasattr(actor, "actor_ref"):
+            raise TypeError(
+                f"{type(actor).__name__}.__init__ does not call super().__init__()"
+            )
+        receive, on_start, on_stop = (
+            actor._handle_receive,  # noqa: SLF001
+            actor.on_start,
+            actor.on_stop,
+        )
+
+        def handle_receive(message: Any) -> Any:
+            if not isinstance(message, _Turn):
+                return _tamed(receive, message)
+            try:
+                message.turn(*message.arguments)
+            except BaseException:  # a bug, by which no other turn may suffer
+                log.exception("a turn raised")
+            return None
+
+        def start() -> None:
+            if self._enter():
+                try:
+                    _tamed(on_start)
+                except Exception as error:
+                    self._why_stopped = error
+                    raise
+                finally:
+                    self._leave()
+
+        def stop() -> None:
+            if self._enter():
+                try:
+                    _tamed(on_stop)
+                finally:
+                    self._leave()
+
+        actor.context = self.context
+        actor.on_start = start
+        actor.on_stop = stop
+        actor._handle_receive = handle_receive  # noqa: SLF001
+        for hook in ("on_activate", "on_passivate"):
+            if not hasattr(actor, hook):
+                setattr(actor, hook, _no_hook)
+
+    def _make(self) -> Any:
+        if self._has_thread:
+            return self._actor
+        self._made.context = self.context
+        return self._made
+
+    def _enter(self) -> bool:
+        with self._lock:
+            # Under the lock: whoever ends it knows whether its thread is inside.
+            if self._state == "ended" or not super()._enter():
+                return False
+            self._is_inside = True
+            if not self._has_thread:
+                self._grains_host.current = self
+            return True
 
     def _leave(self) -> None:
+        running.activation = None
         with self._lock:
+            if not self._has_thread:
+                self._grains_host.current = None
             self._is_inside = False
-            if self._owes_end:
-                self._owes_end = False
-                self._host.ended(self.pid, 0, None)
+            owed, self._owed = self._owed, None
+            if owed is not None:
+                self._tell_end(owed)
 
     def _emit(
         self, leave: Callable[[], None], never: Callable[[PlacementError], None]
@@ -191,52 +334,79 @@ class ThreadedActivation(GrainActivation):
         with self._lock:
             super()._saved(request, outcome)
 
-    def _handle(self, mail: Mail) -> None:
-        if self._state == "active":
-            super()._handle(mail)
+    # --- ending ---
 
-    def _lapse(self) -> None:
+    def _activated(self, error: BaseException | None) -> None:
+        with self._lock:
+            if self._state == "starting":
+                super()._activated(error)
+
+    def _end_now(self, why: PlacementError, refusal: Refusal) -> None:
         with self._lock:
             if self._state == "ended":
                 return
             if not self._is_inside:
-                super()._lapse()
+                super()._end_now(why, refusal)
                 return
             # Its thread is inside user code, where nothing can stop it: only
             # when it has left is the activation over.
             self.guard.shut()
             self._state = "ended"
             self._end_timers()
-            self._owes_end = True
+            self._owed = refusal
             turn = self._turn
-            unknown = self._unknown()
             if turn is not None and turn.mail is not None:
-                turn.mail.origin.failed(turn.mail, unknown)
-            self._gate.fail(unknown)
-        self._host.seal(self)
-        self._over()
+                turn.mail.origin.failed(turn.mail, why)
+            self._gate.fail(why)
+            self._host.seal(self)
+            self._over()
 
-    def _finish(self, turn: Any, result: Any, error: Exception | None) -> None:
+    def _finish(self, turn: Any, result: Any, error: BaseException | None) -> None:
         if self._state == "ended":
             self._turn = None
             return
         super()._finish(turn, result, error)
 
+    def _report(self, snapshot: bytes | None) -> None:
+        with self._lock:
+            if self._actor is None:
+                super()._report(snapshot)
+            elif self._state != "ended":
+                # Its own last hook is user code too: it has ended after that.
+                self._state = "ending"
+                self._last_snapshot = snapshot
+                self._over()
+
     def _over(self) -> None:
-        actor = self._inbox.actor
-        if actor is not None:
-            actor.stop(block=False)
+        if self._actor is not None:
+            self._actor.actor_ref.stop(block=False)
 
-    def may_enter(self) -> bool:
-        """Whether the actor's own last hook may run."""
-        return not self._is_abandoned and self.guard.is_open(self._host.now_ns())
+    def _actor_stopped(self) -> None:
+        """The actor has stopped, perhaps by its own will or failure."""
+        with self._lock:
+            if self._state == "ended" or self._is_abandoned:
+                return
+            if self._state == "starting":
+                self._activated(
+                    self._why_stopped or ActorEnded("it stopped before it served")
+                )
+                return
+            turn, self._turn = self._turn, None
+            if turn is not None:
+                self._close(turn)
+                if turn.mail is not None:
+                    turn.mail.origin.failed(
+                        turn.mail,
+                        OutcomeUnknown(f"{self.pid.identity}: its actor has stopped"),
+                    )
+            super()._report(self._last_snapshot)
 
-    def actor_stopped(self) -> None:
-        """The actor has stopped, perhaps by its own will."""
-        if self._state in {"active", "ending"} and not self._is_abandoned:
-            self._turn = None
-            self._report(None)
 
-    def may_block(self) -> bool:
-        """It has a thread of its own."""
-        return True
+def _tamed(call: Callable[..., Any], /, *arguments: Any) -> Any:
+    """Call; what is raised is an `Exception`."""
+    try:
+        return call(*arguments)
+    except Exception:
+        raise
+    except BaseException as error:
+        raise ActorEnded(": ".join(describe(error))) from error

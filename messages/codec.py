@@ -11,13 +11,12 @@ import msgpack
 import msgspec
 
 from messages.frames import FRAMES, VERSION, Envelope, Frame
-from messages.payload import BYTES_MAX, check
+from messages.payload import BYTES_MAX, ITEMS_MAX, check
 from placement.errors import BadMessage
 from placement.identity import BadIdentity, Identity
 
 FRAME_BYTES_MAX = 4 << 20
 STRING_BYTES_MAX = BYTES_MAX
-ITEMS_MAX = 1 << 17
 _INT_MAX = (1 << 63) - 1
 _FIELDS = 6
 
@@ -55,14 +54,30 @@ class Codec:
         self._packers = threading.local()
 
     def encode(self, sender: str, receiver: str, number: int, body: Frame) -> bytes:
-        """The bytes of `body` on its way. Its payload has been checked before."""
+        """The bytes of `body` on its way. Its payload has been checked before.
+
+        Texts that say why are the callers' own; one that is not valid UTF-8 does
+        not keep a frame from leaving.
+
+        Raises:
+            BadMessage: the frame is larger than a receiver takes.
+        """
         try:
             packer = self._packers.packer
         except AttributeError:
             packer = self._packers.packer = msgpack.Packer(default=_tuple_of)
-        data: bytes = packer.pack(
-            (VERSION, self._cluster, sender, receiver, number, _tuple_of(body))
-        )
+        frame = (VERSION, self._cluster, sender, receiver, number, _tuple_of(body))
+        try:
+            data: bytes = packer.pack(frame)
+        except UnicodeEncodeError:
+            # Not the usual packer: to look for such texts in each is slower.
+            lenient = msgpack.Packer(default=_tuple_of, unicode_errors="replace")
+            data = lenient.pack(frame)
+        if len(data) > self._frame_bytes_max:
+            name = type(body).__name__
+            raise BadMessage(
+                f"{name}: {len(data)} bytes, at most {self._frame_bytes_max}"
+            )
         return data
 
     def decode(self, data: bytes, *, receiver: str) -> Envelope:

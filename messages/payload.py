@@ -11,10 +11,20 @@ import msgpack
 from placement.errors import BadMessage
 
 BYTES_MAX = 1 << 20
+ITEMS_MAX = 1 << 17
 DEPTH_MAX = 32
+REQUEST_ID_BYTES_MAX = 512
 INT_MIN, INT_MAX = -(1 << 63), (1 << 63) - 1
+# What msgpack writes as one byte, and as five at most.
+_SMALL_INT_MIN, _SMALL_INT_END, _HALF = -32, 128, 1 << 31
+_SMALL_TEXT = 32
 
 _SCALARS = frozenset({type(None), bool, float})
+_SIZES = {type(None): 1, bool: 1, float: 9}
+# Before the bytes of a text, or the items of a list: at most so many.
+_HEADER = 5
+# A text alone may have all of BYTES_MAX but one.
+_SIZE_MAX = BYTES_MAX - 1 + _HEADER
 
 
 def copy(value: Any) -> Any:
@@ -29,9 +39,31 @@ def copy(value: Any) -> Any:
     if kind is int and INT_MIN <= value <= INT_MAX:
         return value
     copied, size = _copy(value, "payload", 0)
-    if size > BYTES_MAX:
+    if size > _SIZE_MAX:
         raise BadMessage(f"payload has {size} bytes, at most {BYTES_MAX}")
     return copied
+
+
+def request_id_of(value: Any) -> str:
+    """`value`, which names a request and travels with it; none is empty.
+
+    Raises:
+        BadMessage: it is no text, or too long.
+    """
+    if not value and (value is None or type(value) is str):
+        return ""
+    if not isinstance(value, str):
+        raise BadMessage(f"request_id: a text, not a {type(value).__name__}")
+    plain = str.__str__(value)
+    try:
+        size = len(plain.encode())
+    except UnicodeEncodeError:
+        raise BadMessage("request_id: the text is not valid UTF-8") from None
+    if size > REQUEST_ID_BYTES_MAX:
+        raise BadMessage(
+            f"request_id: it has {size} bytes, at most {REQUEST_ID_BYTES_MAX}"
+        )
+    return plain
 
 
 def pack(value: Any) -> bytes:
@@ -71,27 +103,33 @@ def _refuse_extension(code: int, data: bytes) -> Any:
 
 
 def _copy(value: Any, path: str, depth: int) -> tuple[Any, int]:
-    """Copy `value`, and bound from below how many bytes it takes."""
+    """Copy `value`, and bound from above how many bytes it takes."""
     kind = type(value)
     if kind is str:
         try:
-            return value, 1 + len(value.encode())
+            size = len(value.encode())
         except UnicodeEncodeError:
             raise BadMessage(f"{path}: the text is not valid UTF-8") from None
+        return value, size + (1 if size < _SMALL_TEXT else _HEADER)
     if kind in _SCALARS:
-        return value, 1
+        return value, _SIZES[kind]
     if kind is int:
-        if INT_MIN <= value <= INT_MAX:
+        if _SMALL_INT_MIN <= value < _SMALL_INT_END:
             return value, 1
+        if -_HALF <= value < 2 * _HALF:
+            return value, 5
+        if INT_MIN <= value <= INT_MAX:
+            return value, 9
         raise BadMessage(f"{path}: {value} does not fit into 64 bits")
     if kind is bytes:
-        return value, 1 + len(value)
+        return value, _HEADER + len(value)
     if depth >= DEPTH_MAX:
         raise BadMessage(f"{path}: nested more than {DEPTH_MAX} deep")
     if kind is dict:
         return _copy_dict(value, path, depth)
     if kind is list or kind is tuple:
-        size = 1
+        _check_count(value, path)
+        size = _HEADER
         items = []
         for index, item in enumerate(value):
             copied, item_size = _copy(item, f"{path}[{index}]", depth + 1)
@@ -114,8 +152,14 @@ def _plain(base: type, value: Any) -> Any:
     return base(value)
 
 
+def _check_count(value: Any, path: str) -> None:
+    if len(value) > ITEMS_MAX:
+        raise BadMessage(f"{path}: it has {len(value)} items, at most {ITEMS_MAX}")
+
+
 def _copy_dict(value: dict[Any, Any], path: str, depth: int) -> tuple[Any, int]:
-    size = 1
+    _check_count(value, path)
+    size = _HEADER
     items: dict[Any, Any] = {}
     for key, item in value.items():
         if isinstance(key, bool) or not isinstance(key, str | int):

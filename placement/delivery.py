@@ -27,6 +27,7 @@ from placement.retry import RetryPolicy
 from placement.topology import SessionId
 
 BOUNCES_MAX = 16
+WAITING_MAX = 10_000
 
 #: Refusals after which a later resolution may go better.
 _TRANSIENT = frozenset({"NotReady", "Pending", "LockDenied", "NotHere"})
@@ -196,6 +197,9 @@ class Deliveries:
             return (FailMessage(message, refusal),)
         hold = self._held.get(message.identity)
         if hold is not None:
+            if len(hold.waiting) >= WAITING_MAX:
+                why = f"{WAITING_MAX} messages wait to know where {hold.identity} is"
+                return (FailMessage(message, Refusal("Overloaded", why)),)
             hold.waiting.append(message)
             hold.due_ns = min(hold.due_ns, message.deadline_ns)
             return ()

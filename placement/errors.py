@@ -9,6 +9,32 @@ import typing
 from dataclasses import dataclass
 from typing import Any, ClassVar, dataclass_transform
 
+TEXT_MAX = 4096
+
+
+def text_of(value: object) -> str:
+    """What an error says, fit to travel: valid UTF-8 of at most `TEXT_MAX` characters.
+
+    What cannot be encoded is escaped: the name of a file may hold any byte.
+    """
+    text = str(value)
+    if len(text) > TEXT_MAX:
+        text = f"{text[: TEXT_MAX - 1]}…"
+    clean = text.encode("utf-8", "backslashreplace").decode()
+    return clean if len(clean) <= TEXT_MAX else clean[:TEXT_MAX]
+
+
+def describe(error: BaseException) -> tuple[str, str]:
+    """The name of the type and the text of `error`, which user code has raised.
+
+    Its own `__str__` may raise too, and what it says may be of any length.
+    """
+    try:
+        text = str.__str__(str(error))
+    except BaseException as raised:  # noqa: BLE001  user code may raise anything
+        text = f"its text cannot be had, {type(raised).__name__} was raised"
+    return text_of(type(error).__name__), text_of(text)
+
 
 class PlacementError(Exception):
     """A refused or unfinished request; each subclass is named by its reason.
@@ -62,7 +88,12 @@ class Overloaded(PlacementError):
 
 
 class Deadlock(PlacementError):
-    """The chain of calls comes back to an identity that is waiting in it."""
+    """The chain of calls comes back to an identity that is waiting in it.
+
+    It passes through the handlers of the chain, which had begun, to their callers.
+    """
+
+    may_have_happened: ClassVar[bool] = True
 
 
 class BadMessage(PlacementError, ValueError):
@@ -87,9 +118,10 @@ class HandlerFailed(PlacementError):
     may_have_happened: ClassVar[bool] = True
 
     def __init__(self, type_name: str, text: str) -> None:
-        super().__init__(f"{type_name}: {text}")
-        self.type_name = type_name
-        self.text = text
+        # Cleaned here, so that it says the same where it does not travel.
+        self.type_name = text_of(type_name)
+        self.text = text_of(text)
+        super().__init__(f"{self.type_name}: {self.text}")
 
     @property
     def message(self) -> str:
@@ -171,6 +203,9 @@ class Refusal:
 
     reason: str
     message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", text_of(self.message))
 
     def error(self) -> PlacementError:
         """The exception that the public entry raises for it."""

@@ -49,3 +49,26 @@ class Guard:
     def shut(self) -> None:
         """Say no from now on."""
         self._is_shut = True
+
+
+class Latch:
+    """The guard of one activation: its session's, and shut for itself alone."""
+
+    __slots__ = ("_guard", "_is_shut")
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+        self._is_shut = False
+
+    def is_open(self, now_ns: int) -> bool:
+        """Tell whether user code of this activation may be entered now."""
+        return not self._is_shut and self._guard.is_open(now_ns)
+
+    @property
+    def is_shut(self) -> bool:
+        """Whether this activation, or its session, has been shut."""
+        return self._is_shut or self._guard.is_shut
+
+    def shut(self) -> None:
+        """Say no from now on; the session's other activations go on."""
+        self._is_shut = True

@@ -568,8 +568,10 @@ class OwnSession:
             if self._is_in_flight or self._is_echoed:
                 effects += self._renew(now_ns)
             else:
-                # Our message to ourselves is not back: we may not be working.
+                # Our message to ourselves is not back: we may not be working,
+                # or it was lost, once.
                 self._due_ns = now_ns + self._again_ns
+                effects.append(SendEcho(self._nonce))
         return tuple(effects)
 
 

@@ -1,4 +1,5 @@
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -8,14 +9,20 @@ from typing import Any, cast
 
 import pytest
 
-from actors import Cluster, Kind, PlacementNode
+from actors import Cluster, Grain, Kind, PlacementNode
+from actors.activation import Mail
 from actors.cluster import StoreInUse
-from actors.engine import EmbeddedEngine
+from actors.engine import EmbeddedEngine, Settings
+from actors.future import Future
+from actors.grain import ARGUMENTS, CALL
+from actors.outbox import _Asked
 from actors.store_memory import MemoryStore
 from actors.store_url import open_store
 from actors.witness import ActivationWitness
 from placement.contracts import SessionRecord
+from placement.delivery import Outgoing
 from placement.errors import (
+    TEXT_MAX,
     ActivationFailed,
     BadMessage,
     Deadlock,
@@ -26,7 +33,7 @@ from placement.errors import (
     Overloaded,
     PlacementError,
 )
-from placement.identity import BadIdentity
+from placement.identity import BadIdentity, Identity
 from placement.topology import SessionId
 from tests.actors.actors_under_test import (
     GATES,
@@ -381,9 +388,9 @@ def test_a_request_id_that_is_repeated_has_no_second_effect(cluster: Cluster) ->
 def test_a_circle_of_calls_is_refused_at_once_as_deadlock(cluster: Cluster) -> None:
     account = cluster.proxy(Account, "1")
     began = time.monotonic()
-    with pytest.raises(Deadlock):
+    with pytest.raises(Deadlock, match="account/1 -> account/2 -> account/3"):
         cluster.ask(account.circle(["2", "3", "1"]))
-    with pytest.raises(Deadlock):
+    with pytest.raises(Deadlock, match="account/1 -> account/1"):
         cluster.ask(account.circle(["1"]))
     assert time.monotonic() - began < 2.0
     assert cluster.ask(account.circle(["2", "3"])) == "nowhere"
@@ -657,10 +664,23 @@ def test_what_makes_no_sense_is_refused_before_a_store_is_made(tmp_path: Path) -
         {"cluster": ""},
         {"kinds": {"echo": Kind(Echo, handler_max=3.0)}},
         {"kinds": {"echo": int}},
+        {"kinds": {"a/b": Echo}},
+        {"kinds": {"": Echo}},
+        {"nodes": ["a.b"]},
+        {"nodes": ["a#b"]},
+        {"nodes": [""]},
     ]
     for options in bad:
         with pytest.raises(ValueError, match=r"."):
             Cluster.embedded(**{"kinds": KINDS, "store": url, **options})
+    bad_nodes: list[dict[str, Any]] = [
+        {"name": "a.b"},
+        {"kinds": {"a/b": Echo}},
+        *({"weight": each} for each in (0, -1.0, math.inf, math.nan, True, "1", None)),
+    ]
+    for options in bad_nodes:
+        with pytest.raises(ValueError, match=r"."):
+            PlacementNode(**{"name": "n", "store": url, **options})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -687,6 +707,53 @@ def test_a_cluster_refuses_a_store_in_which_others_live(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_store_is_in_use_by_whoever_opens_a_session_while_others_are_waited_out(
+    tmp_path: Path,
+) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    store = open_store(url)
+    store.open_session(SessionRecord(session=SessionId("gone.1#1"), ttl_ms=60_000))
+
+    def later() -> None:
+        mine = open_store(url)
+        session = SessionId("other.1#1")
+        mine.open_session(SessionRecord(session=session, ttl_ms=60_000))
+        mine.close()
+
+    timer = threading.Timer(0.5, later)
+    timer.start()
+    with pytest.raises(StoreInUse, match=r"other\.1#1 of another process"):
+        Cluster.embedded(nodes=1, kinds=KINDS, store=url, **FAST)
+    timer.join()
+    store.close()
+
+
+def test_a_node_alone_refuses_a_store_in_which_others_live(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    with Cluster.embedded(nodes=1, kinds=KINDS, store=url, **FAST):
+        for start in ("start_member", "start_client"):
+            node = PlacementNode("n", kinds=KINDS, store=url, **FAST)
+            with pytest.raises(StoreInUse, match="of another process"):
+                getattr(node, start)()
+            node.stop()
+    with PlacementNode("n", kinds=KINDS, store=url, **FAST) as node:
+        node.start_member()
+        assert node.ref("echo/1").ask(1) == 1
+
+
+def test_a_node_that_waits_out_a_crash_says_when_its_time_is_not_enough(
+    tmp_path: Path,
+) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    store = open_store(url)
+    store.open_session(SessionRecord(session=SessionId("gone.1#1"), ttl_ms=60_000))
+    store.close()
+    node = PlacementNode("n", kinds=KINDS, store=url, **FAST)
+    with pytest.raises(NotReady, match=r"gone\.1#1 is not over yet"):
+        node.start_member(timeout=0.1)
+    node.stop()
+
+
 def test_a_cluster_waits_out_what_a_crash_left_behind(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/s.db"
     store = open_store(url)
@@ -711,3 +778,216 @@ def test_nodes_are_named_and_counted(cluster: Cluster) -> None:
     cluster.stop()
     with pytest.raises(NotReady):
         cluster.add_node("node-7")
+
+
+class Surrogate(Grain):
+    """Says what is not valid UTF-8, as the name of a file may be."""
+
+    def on_activate(self) -> None:
+        if self.context.identity.name.startswith("fails"):
+            raise ValueError("file x\udcff")
+
+    def on_receive(self, message: Any) -> Any:
+        if message == "long":
+            raise ValueError("y" * 10_000_000)
+        raise ValueError("file y\udcff")
+
+
+def test_an_error_of_no_valid_text_reaches_whoever_asked_and_ends_no_actor() -> None:
+    kinds = {"surrogate": Surrogate, "echo": Echo}
+    with Cluster.embedded(nodes=2, kinds=kinds, **FAST) as cluster:
+        for node in (cluster, *(cluster.node(name) for name in cluster.nodes)):
+            for n in range(4):
+                with pytest.raises(ActivationFailed, match=r"file x\\udcff"):
+                    node.ref(f"surrogate/fails-{n}").ask(1)
+                with pytest.raises(HandlerFailed, match=r"file y\\udcff"):
+                    node.ref(f"surrogate/{n}").ask(1)
+                with pytest.raises(HandlerFailed) as caught:
+                    node.ref(f"surrogate/{n}").ask("long")
+                assert caught.value.text == "y" * (TEXT_MAX - 1) + "…"
+        assert cluster.ref("echo/1").ask(1) == 1
+
+
+def test_a_node_with_a_bug_breaks_and_others_take_over(
+    cluster: Cluster, witness: ActivationWitness
+) -> None:
+    ref = cluster.ref("scripted/1")
+    ref.ask(["save", "kept"])
+    host = cluster.resolve("scripted/1").pid.node
+    node = cluster.node(host)
+    seen: list[Any] = []
+    node.events.subscribe(seen.append)
+
+    node._coordinator.tell("no message of a coordinator")
+
+    eventually(lambda: node.state == "broken")
+    eventually(lambda: any(event.name == "Broken" for event in seen))
+    with pytest.raises(NotReady, match="broken by a bug"):
+        node.ref("echo/1").ask(1)
+    assert until_answered(lambda: ref.ask(["snapshot"])) == "kept"
+    assert cluster.resolve("scripted/1").pid.node != host
+    assert witness.double_count == 0
+
+
+def test_where_a_strategy_raises_or_chooses_garbage_the_default_chooses() -> None:
+    def raises(*_: Any) -> Any:
+        raise KeyError("a bad strategy")
+
+    kinds = {
+        "raises": Kind(Echo, strategy=raises),
+        "garbage": Kind(Echo, strategy=lambda *_: cast("Any", [])),
+        "nobody": Kind(Echo, strategy=lambda *_: cast("Any", None)),
+    }
+    with Cluster.embedded(nodes=2, kinds=kinds, **FAST) as cluster:
+        seen: list[Any] = []
+        cluster.events.subscribe(seen.append)
+        for kind in kinds:
+            found = cluster.resolve(f"{kind}/1")
+            assert cluster.ref(f"{kind}/1").ask(5) == 5
+            table = cluster.node("node-1")._table
+            assert table is not None
+            assert found.owner == table.host_of(found.identity).session
+        eventually(lambda: sum(e.name == "StrategyFailed" for e in seen) == 3)
+    failed = {str(e.identity): e.reason for e in seen if e.name == "StrategyFailed"}
+    assert failed["raises/1"] == "KeyError: 'a bad strategy'"
+    assert "it chose []" in failed["garbage/1"]
+    assert "it chose None" in failed["nobody/1"]
+
+
+def test_answers_arrive_while_the_topology_changes() -> None:
+    with PlacementNode("n", kinds=KINDS, **FAST) as node:
+        node.start_member()
+        outbox, table = node._outbox, node._table
+        assert table is not None
+        mails = []
+        for number in range(50_000):
+            message = Outgoing(-number, Identity("echo", "1"), 0, None)
+            outbox._asked[-number] = _Asked(Future(), message)
+            mails.append(Mail(None, "", (), 0, True, outbox, -number, message))
+        pid = node.resolve("echo/1").pid
+
+        def answer() -> None:
+            for mail in mails:
+                outbox.answered(mail, 1, pid)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        while thread.is_alive():
+            outbox.adopt(table, ())
+        thread.join()
+        assert node.ref("echo/1").ask(1) == 1
+
+
+def test_deadlines_of_answered_asks_are_not_kept() -> None:
+    with PlacementNode("n", kinds=KINDS, **FAST) as node:
+        node.start_member()
+        ref = node.ref("echo/1")
+        for _ in range(20):
+            futures = [ref.ask(n, block=False, timeout=9_000) for n in range(200)]
+            assert [each.get(timeout=10) for each in futures] == list(range(200))
+        assert len(node._outbox._deadlines) <= 1_024 + 200
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_told_message_that_is_refused_is_named_in_an_event(
+    cluster: Cluster, *, is_remote: bool
+) -> None:
+    found = cluster.resolve("blocked/1")
+    host = cluster.node(found.pid.node)
+    sender: Any = cluster if is_remote else host
+    seen: list[Any] = []
+    host.events.subscribe(seen.append)
+    GATES["told"] = threading.Event()
+    for _ in range(10):
+        sender.ref("blocked/1").tell("told")
+    eventually(lambda: any("its inbox is full" in each.reason for each in seen))
+    GATES["told"].set()
+    account = cluster.resolve("account/1")
+    host = cluster.node(account.pid.node)
+    host.events.subscribe(seen.append)
+    (cluster if is_remote else host).ref("account/1").tell(
+        {CALL: "no_such", ARGUMENTS: {}}
+    )
+    eventually(lambda: any("no_such" in each.reason for each in seen))
+    dropped = [each for each in seen if each.name == "MessageDropped"]
+    assert {str(each.identity) for each in dropped} == {"blocked/1", "account/1"}
+    assert dropped[0].reason.startswith("Overloaded: ")
+    assert dropped[-1].reason.startswith("BadMessage: ")
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_told_message_may_wait_in_a_mailbox_for_longer_than_an_ask(
+    witness: ActivationWitness, *, is_remote: bool
+) -> None:
+    GATES["slow"] = threading.Event()
+    with Cluster.embedded(
+        nodes=1, kinds=KINDS, witness=witness, ask_timeout=0.1, **FAST
+    ) as cluster:
+        sender: Any = cluster if is_remote else cluster.node("node-1")
+        ref = sender.ref("blocked/1")
+        until_answered(lambda: cluster.resolve("blocked/1"))
+        first = ref.ask("slow", block=False, timeout=10)
+        ref.tell("slow")
+        threading.Event().wait(0.3)
+        GATES["slow"].set()
+        assert first.get(timeout=5) == "back"
+        eventually(lambda: sum(witness.handled_by.values()) == 2)
+        assert cluster.node("node-1").events.counts["MessageDropped"] == 0
+
+
+def test_what_another_node_would_refuse_is_refused_to_the_sender(
+    cluster: Cluster,
+) -> None:
+    host = cluster.node(cluster.resolve("echo/1").pid.node)
+    for sender in (cluster, host):
+        ref = sender.ref("echo/1")
+        assert ref.ask([1] * 100_000) == [1] * 100_000
+        with pytest.raises(BadMessage, match="payload: it has 200000 items"):
+            ref.ask([1] * 200_000)
+        with pytest.raises(BadMessage, match="at most 1048576"):
+            ref.tell([0.5] * 120_000)
+        for request_id in ("x" * 513, "\udcff", cast("Any", 5)):
+            with pytest.raises(BadMessage, match="request_id"):
+                ref.ask(1, request_id=request_id)
+            with pytest.raises(BadMessage, match="request_id"):
+                ref.tell(1, request_id=request_id)
+        assert ref.ask(1, request_id="x" * 512) == 1
+
+
+@pytest.mark.parametrize("timeout", [math.nan, 0, -1, -math.inf, "1", True, b"", [1]])
+def test_a_timeout_that_is_none_is_refused_before_anything_is_sent(
+    cluster: Cluster, timeout: Any
+) -> None:
+    before = cluster._entry._outbox._last_number
+    ref, call = cluster.ref("echo/1"), cluster.proxy(Account, "1").balance()
+    asks: tuple[Callable[[], Any], ...] = (
+        lambda: ref.ask(1, timeout=timeout),
+        lambda: ref.ask(1, block=False, timeout=timeout),
+        lambda: asyncio.run(ref.ask_async(1, timeout=timeout)),
+        lambda: cluster.ask(call, timeout=timeout),
+        lambda: cluster.resolve("echo/1", timeout=timeout),
+    )
+    for ask in asks:
+        with pytest.raises(ValueError, match="timeout"):
+            ask()
+    assert cluster._entry._outbox._last_number == before
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e10, 1e300, 10**400, 1e-9])
+def test_a_long_timeout_is_a_year_and_a_short_one_is_over(
+    cluster: Cluster, timeout: Any
+) -> None:
+    try:
+        for name in cluster.nodes:
+            assert cluster.node(name).ref("echo/1").ask(1, timeout=timeout) == 1
+        assert cluster.ask(
+            cluster.proxy(Account, "1").balance(), timeout=timeout
+        ) == Decimal(0)
+        assert cluster.resolve("echo/1", timeout=timeout).identity == "echo/1"
+    except (OutcomeUnknown, PlacementError):
+        assert timeout < 1
+
+
+def test_settings_of_more_than_a_year_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"ask_timeout must be 0\.01 s to a year"):
+        Settings(ask_timeout=1e10)

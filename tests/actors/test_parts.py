@@ -1,13 +1,15 @@
 import io
 import logging
 import threading
-from typing import Any
+import time
+from typing import Any, cast
 
 import pykka
 import pytest
 
 from actors.clock import SystemClock
-from actors.dispatch import Alarm, DispatchedActor, ThreadDispatcher
+from actors.dispatch import SWEEP_MIN, Alarm, DispatchedActor, ThreadDispatcher
+from actors.engine import EmbeddedEngine
 from actors.event_stream import WAITING_MAX, EventStream
 from actors.future import Future
 from actors.log import log, to_stderr
@@ -18,19 +20,21 @@ from actors.store_actor import Perform, StoreActor
 from actors.store_memory import MemoryStore
 from actors.transport import InProcessTransport
 from actors.witness import ActivationWitness
-from messages.codec import Codec
-from messages.frames import LoopBack
+from messages.codec import FRAME_BYTES_MAX, Codec
+from messages.frames import Answer, Bounce, Deliver, LoopBack
 from placement.contracts import (
     Acquire,
     Acquired,
+    Claim,
     Failed,
     LockRefused,
     Save,
     Saved,
+    Stale,
     StoreFailure,
 )
 from placement.entry import Acquisition, Pid
-from placement.errors import NoAuthority
+from placement.errors import BadMessage, NoAuthority
 from placement.event import EventsLost, Happened
 from placement.identity import Identity
 from placement.session import ReadSessions, StoreTrouble
@@ -99,6 +103,41 @@ def test_a_timer_that_is_due_in_a_microsecond_is_not_slept_through() -> None:
     assert left == 0
 
 
+def test_cancelled_timers_are_swept_out_where_they_are_the_most() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    later = dispatcher.now_ns() + 3_600_000_000_000
+    timers = [dispatcher.call_at(later, int) for _ in range(1_000)]
+    eventually(lambda: len(dispatcher._timers) == 1_000)
+    for timer in timers[:990]:
+        timer.cancel()
+        timer.cancel()
+    eventually(lambda: len(dispatcher._timers) < 10 + 2 * SWEEP_MIN)
+    assert all(each in [t[2] for t in dispatcher._timers] for each in timers[990:])
+    dispatcher.call_at(later, int).cancel()
+    dispatcher.stop(5)
+
+
+def test_a_timer_that_is_very_far_harms_no_dispatcher() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    seen: list[int] = []
+    dispatcher.call_at(1 << 80, int)
+    dispatcher.post(seen.append, 1)
+    eventually(lambda: seen == [1])
+    assert dispatcher.stop(5)
+
+
+def test_a_turn_that_exits_harms_no_other() -> None:
+    def leaves() -> None:
+        raise SystemExit
+
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    seen: list[int] = []
+    dispatcher.post(leaves)
+    dispatcher.post(seen.append, 1)
+    assert dispatcher.stop(5)
+    assert seen == [1]
+
+
 def test_a_killed_dispatcher_runs_nothing_that_waits() -> None:
     dispatcher = ThreadDispatcher("t", CLOCK)
     inside, gate = threading.Event(), threading.Event()
@@ -159,6 +198,7 @@ class Adder(DispatchedActor):
 def test_a_dispatched_actor_is_a_pykka_actor() -> None:
     dispatcher = ThreadDispatcher("t", CLOCK)
     ref = Adder.start(dispatcher)
+    assert not pykka.ActorRegistry.get_by_class(Adder)
     for number in range(1_000):
         ref.tell(number)
     assert ref.ask(0) == 499_500
@@ -170,7 +210,6 @@ def test_a_dispatched_actor_is_a_pykka_actor() -> None:
     with pytest.raises(pykka.ActorDeadError):
         ref.tell(1)
     dispatcher.stop(5)
-    assert not pykka.ActorRegistry.get_by_class(Adder)
 
 
 def test_an_actor_that_raises_when_told_stops_and_says_so() -> None:
@@ -179,7 +218,6 @@ def test_an_actor_that_raises_when_told_stops_and_says_so() -> None:
     dispatcher.post(gate.wait, 5)
     bugs: list[BaseException] = []
     actor = Adder(dispatcher, bugs.append)
-    pykka.ActorRegistry.register(actor.actor_ref)
     actor._start_actor_loop()
     actor.actor_ref.tell("x")
     waiting = actor.actor_ref.ask(1, block=False)
@@ -273,6 +311,99 @@ def test_an_order_of_one_identity_is_kept_and_sessions_fail_as_trouble() -> None
     assert not isinstance(outcomes[0], Saved)
 
 
+class Wrong(Fragile):
+    """A user's store that raises what is no StoreFailure."""
+
+    def read_sessions(self) -> Any:
+        raise KeyError("as a bug would")
+
+    def claim(self, requests: Any, /) -> Any:
+        return ()
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_store_that_raises_anything_has_failed_and_is_asked_again() -> None:
+    store = Wrong()
+    store.fails = [RuntimeError("no StoreFailure")]
+    happened = Failed("RuntimeError: no StoreFailure", may_have_happened=True)
+
+    assert perform(store, [Save(ONE, 1, 1, b"x")]) == [happened]
+    assert [type(each) for each in perform(store, [Save(ONE, 1, 1, b"x")])] == [Stale]
+    said = "KeyError: 'as a bug would'"
+    assert perform(store, [ReadSessions()]) == [StoreTrouble(said)]
+    lock = Acquisition(SessionId("s.1#1"), 1)
+    [failed] = perform(store, [Claim(ONE, lock.session, 1, lock, 0)])
+    assert isinstance(failed, Failed)
+    assert failed.may_have_happened
+
+
+def test_a_reply_that_raises_keeps_no_other_from_its_outcome() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    gate = threading.Event()
+    heard: list[Any] = []
+
+    def reply(request: Any, _: Any) -> None:
+        heard.append(request.identity)
+        if request.identity == ONE:
+            raise RuntimeError("a bug")
+
+    dispatcher.post(gate.wait, 5)
+    ref = StoreActor.start(MemoryStore(), dispatcher=dispatcher)
+    for identity in (ONE, TWO):
+        ref.tell(Perform(Save(identity, 1, 1, b"x"), reply, dispatcher))
+    gate.set()
+    eventually(lambda: heard == [ONE, TWO])
+    assert ref.is_alive()
+    ref.stop()
+    dispatcher.stop(5)
+    assert dispatcher.bug_count == 1
+
+
+def test_an_actor_whose_batch_fails_is_woken_by_what_comes_next() -> None:
+    class Failing(Adder):
+        def _handle_batch(self, batch: list[Any]) -> None:
+            if batch[0].message == "fail":
+                raise RuntimeError("the batch")
+            super()._handle_batch(batch)
+
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    ref = Failing.start(dispatcher)
+    ref.tell("fail")
+    eventually(lambda: dispatcher.bug_count == 1)
+
+    assert ref.ask(2, timeout=5) == 2
+    ref.stop()
+    dispatcher.stop(5)
+
+
+def test_an_engine_over_a_store_that_hangs_is_closed_within_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate, inside = threading.Event(), threading.Event()
+
+    class Hanging(MemoryStore):
+        def read_sessions(self) -> Any:
+            inside.set()
+            gate.wait(20)
+            return super().read_sessions()
+
+        def another(self) -> "Hanging":
+            return self
+
+    monkeypatch.setattr("actors.engine._STOP_S", 0.1)
+    engine = EmbeddedEngine(Hanging())
+    engine.sessions.tell(Perform(ReadSessions(), lambda *_: None, engine.system))
+    assert inside.wait(5)
+    began_s = time.monotonic()
+
+    engine.close()
+
+    assert time.monotonic() - began_s < 5
+    gate.set()
+
+
 # --- transport and postbox ---
 
 
@@ -320,6 +451,62 @@ def test_a_postbox_drops_what_comes_twice_and_refuses_what_is_no_frame() -> None
     box._arrived(frame)
     box._handle_own(LoopBack(9))
     assert len(handled) == 2
+    dispatcher.stop(5)
+
+
+def test_a_frame_that_is_too_large_is_refused_to_whoever_sent_or_asked() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    transport = InProcessTransport()
+    happened: list[Happened] = []
+    arrived: list[bytes] = []
+    box = Postbox(
+        cluster="default",
+        address=Address("b.1"),
+        transport=transport,
+        dispatcher=dispatcher,
+        handle=lambda *_: None,
+        publish=happened.append,
+    )
+    box.open()
+    to = Address("a.1")
+    transport.attach(to, arrived.append)
+    huge = "x" * FRAME_BYTES_MAX
+
+    with pytest.raises(BadMessage, match="Deliver: "):
+        box.send(to, Deliver(ONE, 1, 7, huge, "", 1, ()))
+    assert arrived == []
+    assert box.send(to, Answer(7, huge, 1))
+    assert box.send(to, Bounce(ONE, 1, 8, huge, "", 1, ()))
+
+    codec = Codec("default")
+    told = [codec.decode(each, receiver="a.1").body for each in arrived]
+    assert [(each.message_id, each.reason) for each in cast("Any", told)] == [
+        (7, "BadMessage"),
+        (8, "BadMessage"),
+    ]
+    assert [each.name for each in happened] == ["FrameTooLarge"] * 2
+    dispatcher.stop(5)
+
+
+def test_a_transport_that_raises_has_lost_the_frame_and_ends_nobody() -> None:
+    class Raising(InProcessTransport):
+        def send(self, address: Address, data: bytes) -> bool:
+            raise OSError("no network")
+
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    happened: list[Happened] = []
+    box = Postbox(
+        cluster="default",
+        address=Address("b.1"),
+        transport=Raising(),
+        dispatcher=dispatcher,
+        handle=lambda *_: None,
+        publish=happened.append,
+    )
+    box.open()
+    assert box.send(Address("a.1"), LoopBack(1))
+    box.send_echo(LoopBack(2))
+    assert [each.reason for each in happened] == ["OSError: no network"] * 2
     dispatcher.stop(5)
 
 
@@ -446,3 +633,12 @@ def test_logs_are_quiet_until_they_are_configured(
     finally:
         root.handlers[:] = before
         root.setLevel(level)
+
+
+@pytest.mark.parametrize("timeout", [1e300, 10**400, float("inf"), None])
+def test_a_future_may_be_waited_for_as_long_as_anybody_likes(timeout: Any) -> None:
+    future = Future()
+    timer = threading.Timer(0.01, future.set, [5])
+    timer.start()
+    assert future.get(timeout=timeout) == 5
+    timer.join()

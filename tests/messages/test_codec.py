@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from messages.codec import (
     FRAME_BYTES_MAX,
-    ITEMS_MAX,
     STRING_BYTES_MAX,
     BadFrame,
     Codec,
@@ -38,7 +37,7 @@ from messages.frames import (
     StartRefused,
     TopologyHint,
 )
-from messages.payload import BYTES_MAX, DEPTH_MAX
+from messages.payload import BYTES_MAX, DEPTH_MAX, ITEMS_MAX
 
 GOLDEN = Path(__file__).parents[1] / "data" / "frames"
 ID, S1, S2 = "account/42", "a.1#1", "b.1#2"
@@ -289,3 +288,14 @@ def test_a_payload_arrives_as_it_was_sent(payload: Any) -> None:
 def test_only_frames_are_encoded() -> None:
     with pytest.raises(TypeError, match="object cannot be carried"):
         encode(Answer(1, object(), 2))
+
+
+def test_a_text_that_is_no_utf_8_keeps_no_frame_from_leaving() -> None:
+    spoiled = Refused(1, ID, "ActivationFailed", "file x\udcff")
+
+    envelope = CODEC.decode(encode(spoiled), receiver="b.1")
+
+    assert envelope.body == Refused(1, ID, "ActivationFailed", "file x?")
+    # The packer is as it was.
+    assert encode(SAMPLES[0]) == encode(SAMPLES[0])
+    assert CODEC.decode(encode(SAMPLES[0]), receiver="b.1").body == SAMPLES[0]

@@ -4,10 +4,25 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from messages.payload import BYTES_MAX, DEPTH_MAX, INT_MAX, INT_MIN, copy, pack, unpack
-from placement.errors import BadMessage
+from messages import payload
+from messages.codec import Codec
+from messages.frames import Answer, Deliver, Failure
+from messages.payload import (
+    BYTES_MAX,
+    DEPTH_MAX,
+    INT_MAX,
+    INT_MIN,
+    ITEMS_MAX,
+    REQUEST_ID_BYTES_MAX,
+    copy,
+    pack,
+    request_id_of,
+    unpack,
+)
+from placement.errors import TEXT_MAX, BadMessage
 from placement.identity import Identity
 from tests.messages.test_codec import PLAIN, nested
 
@@ -109,3 +124,70 @@ def test_the_depth_and_size_that_just_fit_are_carried() -> None:
 def test_bytes_that_are_no_payload_are_refused(data: bytes) -> None:
     with pytest.raises(BadMessage):
         unpack(data)
+
+
+@given(PLAIN)
+def test_the_size_that_is_counted_is_no_smaller_than_the_real_one(value: Any) -> None:
+    _, size = payload._copy(value, "payload", 0)
+    assert size >= len(msgpack.packb(value))
+
+
+EDGES = [0, -32, -33, 127, 128, 255, 256, 1 << 16, -(1 << 31), (1 << 32) - 1, 1 << 32]
+ITEMS: Any = st.one_of(
+    st.sampled_from([*EDGES, INT_MIN, INT_MAX, None, 0.5, "", b""]),
+    st.integers(0, 40).map(lambda n: "x" * n),
+    st.integers(250, 260).map(lambda n: b"x" * n),
+)
+COUNTS = st.one_of(
+    st.sampled_from([ITEMS_MAX - 1, ITEMS_MAX, ITEMS_MAX + 1, 200_000]),
+    st.integers(110_000, ITEMS_MAX + 2),
+)
+
+
+@given(item=ITEMS, count=COUNTS, is_dict=st.booleans())
+@settings(max_examples=40)
+def test_what_is_copied_at_the_edge_arrives_at_another_node(
+    item: Any, count: int, *, is_dict: bool
+) -> None:
+    value: Any = dict.fromkeys(range(count), item) if is_dict else [item] * count
+    try:
+        copied = copy(value)
+    except BadMessage:
+        is_fitting = count <= ITEMS_MAX and len(msgpack.packb(value)) * 5 < BYTES_MAX
+        assert not is_fitting
+        return
+    codec = Codec("default")
+    for frame in (
+        Deliver("a/b", 1, 1, copied, "r" * REQUEST_ID_BYTES_MAX, 1, ("a/c",) * 99),
+        Answer(1, copied, 1),
+        Failure(1, "Rejected", "t" * TEXT_MAX, "m:E", {"field": copied}),
+    ):
+        data = codec.encode("a.1", "b.1", 1, frame)
+        assert codec.decode(data, receiver="b.1").body == frame
+
+
+@pytest.mark.parametrize("value", [["x" * (BYTES_MAX - 10)], "x" * (BYTES_MAX - 1)])
+def test_the_largest_text_arrives_at_another_node(value: Any) -> None:
+    codec = Codec("default")
+    data = codec.encode("a.1", "b.1", 1, Answer(1, copy(value), 1))
+    assert codec.decode(data, receiver="b.1").body == Answer(1, value, 1)
+
+
+@pytest.mark.parametrize("count", [ITEMS_MAX + 1, 200_000])
+def test_too_many_items_are_refused_by_their_place(count: int) -> None:
+    with pytest.raises(BadMessage, match=r"payload\['a'\]: it has \d+ items"):
+        copy({"a": [1] * count})
+    with pytest.raises(BadMessage, match=r"payload: it has \d+ items"):
+        copy(dict.fromkeys(range(count)))
+
+
+@pytest.mark.parametrize("value", ["é" * 257, 5, b"x", False, ["x"], "\ud800"])
+def test_a_request_id_that_is_none_is_refused(value: Any) -> None:
+    with pytest.raises(BadMessage, match="request_id: "):
+        request_id_of(value)
+
+
+def test_a_request_id_is_a_plain_text() -> None:
+    assert request_id_of(None) == request_id_of("") == ""
+    assert request_id_of("é" * 256) == "é" * 256
+    assert type(request_id_of(Loud("quiet"))) is str

@@ -3,6 +3,7 @@ from typing import Any
 from placement.claim import NeedTopology
 from placement.delivery import (
     BOUNCES_MAX,
+    WAITING_MAX,
     Deliveries,
     FailMessage,
     Outgoing,
@@ -210,3 +211,16 @@ def test_a_hold_whose_messages_all_failed_is_dropped() -> None:
     held(made)
     assert only(made.tick(now_ns=10 * S), FailMessage)
     assert not made.is_holding
+
+
+def test_more_than_so_many_do_not_wait_for_one_identity() -> None:
+    made = deliveries()
+    resolve = held(made, 0)
+    for number in range(1, WAITING_MAX):
+        assert made.hold(message(number), now_ns=0) == ()
+
+    refused = only(made.hold(message(WAITING_MAX), now_ns=0), FailMessage)
+
+    assert refused.refusal.reason == "Overloaded"
+    assert refused.message.number == WAITING_MAX
+    assert len(sent(made.resolved(resolve.request, HERE, now_ns=1))) == WAITING_MAX

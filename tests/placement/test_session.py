@@ -130,6 +130,22 @@ def test_a_node_renews_only_when_its_message_to_itself_has_come_back() -> None:
     assert guard.is_open(2 * S)
 
 
+def test_a_message_to_itself_that_was_lost_is_sent_again() -> None:
+    made, guard = opened()
+    sent = only(made.renewed(FIRST, 1, view(FIRST), 0), SendEcho)
+    assert made.tick(EVERY - 1) == ()
+
+    assert made.tick(EVERY) == (sent,)
+    assert made.tick(EVERY) == ()
+    assert made.due_ns is not None
+    assert made.tick(made.due_ns) == (sent,)
+
+    # The second one has come back, and then the first: it renews once.
+    assert only(made.echoed(sent.nonce, 2 * S), RenewSession).count == 2
+    assert made.echoed(sent.nonce, 2 * S) == ()
+    assert guard.is_open(2 * S)
+
+
 def test_r2_3_a_session_not_renewed_in_time_lapses_and_another_is_opened() -> None:
     made, guard = joined()
     assert only(made.tick(EVERY), RenewSession)

@@ -13,12 +13,14 @@ from hypothesis import strategies as st
 from placement.entry import Pid
 from placement.errors import (
     REASONS,
+    TEXT_MAX,
     HandlerFailed,
     NoAuthority,
     OutcomeUnknown,
     PlacementError,
     Refusal,
     Rejected,
+    text_of,
 )
 from placement.event import EventsLost, Happened, PidCacheEvent, event_of
 from placement.identity import NAME_BYTES_MAX, BadIdentity, Identity
@@ -337,3 +339,14 @@ def test_r4_5_an_event_bears_its_time_and_says_what_happened() -> None:
     lost = EventsLost(node="n", number=1, at_ms=1, epoch=0, name="EventsLost", count=2)
     assert str(lost) == "1 n #1 epoch 0 EventsLost"
     assert isinstance(member(A), Member)
+
+
+@given(st.text(st.characters()))
+def test_what_an_error_says_can_be_encoded_and_is_bounded(text: str) -> None:
+    for said in (text_of(text), text_of(text * 5_000)):
+        said.encode()
+        assert len(said) <= TEXT_MAX
+    assert Refusal("NotReady", text).message == text_of(text)
+    assert HandlerFailed("E", text).text == text_of(text)
+    if text.isascii():
+        assert text_of(text[:TEXT_MAX]) == text[:TEXT_MAX]
