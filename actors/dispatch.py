@@ -9,7 +9,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
+from contextlib import suppress
 from typing import Any, ClassVar, Protocol
 
 import pykka
@@ -73,6 +73,10 @@ class ThreadDispatcher:
     A turn that raises is a bug: it is logged, counted, and told to `on_bug`; the
     others go on. `busy_since_ns` is when the turn under way was begun, 0 between
     turns: whoever reads it on another thread sees a turn that does not come back.
+
+    It waits on a lock, not in `SimpleQueue.get(timeout=...)`, which in CPython
+    3.11 and 3.12 waits for ever where its time is over before it has begun to
+    wait: now and then so with a timer that is due in a microsecond.
     """
 
     def __init__(
@@ -86,7 +90,10 @@ class ThreadDispatcher:
         self.bug_count = 0
         self.now_ns = clock.now_ns
         self._on_bug = on_bug
-        self._turns: SimpleQueue[tuple[Turn, tuple[Any, ...]]] = SimpleQueue()
+        self._turns: deque[tuple[Turn, tuple[Any, ...]]] = deque()
+        self._is_asleep = False
+        self._bell = threading.Lock()
+        self._bell.acquire()
         self._timers: list[tuple[int, int, Timer]] = []
         self._timer_number = itertools.count()
         self._cancelled_count = 0
@@ -97,12 +104,14 @@ class ThreadDispatcher:
 
     def post(self, turn: Turn, /, *arguments: Any) -> None:
         """Run `turn` soon; from any thread."""
-        self._turns.put((turn, arguments))
+        self._turns.append((turn, arguments))
+        if self._is_asleep:
+            self._wake()
 
     def call_at(self, when_ns: int, turn: Turn, /, *arguments: Any) -> Timer:
         """Run `turn` once it is `when_ns`; from any thread."""
         timer = Timer(turn, arguments, self._timer_cancelled)
-        self._turns.put((self._add_timer, (when_ns, timer)))
+        self.post(self._add_timer, when_ns, timer)
         return timer
 
     def is_current(self) -> bool:
@@ -163,23 +172,33 @@ class ThreadDispatcher:
     def _run(self) -> None:
         turns, now_ns = self._turns, self.now_ns
         while not self._is_ending:
+            wait_s = -1.0  # until it is woken
             if self._timers:
                 wait_s = (self._timers[0][0] - now_ns()) / 1e9
                 if wait_s <= 0:
                     self._due()
                     # What was posted before has its turn too.
-                    try:
-                        turn, arguments = turns.get_nowait()
-                    except Empty:
-                        continue
-                else:
-                    try:
-                        turn, arguments = turns.get(timeout=min(wait_s, _WAIT_MAX_S))
-                    except Empty:
-                        continue
-            else:
-                turn, arguments = turns.get()
-            self._take(turn, arguments)
+                    wait_s = 0.0
+            if turns:
+                turn, arguments = turns.popleft()
+                self._take(turn, arguments)
+            elif wait_s:
+                self._sleep(min(wait_s, _WAIT_MAX_S))
+
+    def _sleep(self, wait_s: float) -> None:
+        # First the flag, then the look: a turn posted in between wakes it, or is
+        # seen; the other way round it would wait for the next one.
+        self._is_asleep = True
+        if not self._turns:
+            self._bell.acquire(timeout=wait_s)
+        self._is_asleep = False
+
+    def _wake(self) -> None:
+        self._is_asleep = False
+        # Somebody else may have done so just now. Where it had woken by itself it
+        # finds the bell rung at its next sleep, and looks once in vain.
+        with suppress(RuntimeError):
+            self._bell.release()
 
     def _take(self, turn: Turn, arguments: tuple[Any, ...]) -> None:
         self.busy_since_ns = self.now_ns()
@@ -320,7 +339,9 @@ class Alarm:
 
     def set(self, at_ns: int | None) -> None:
         """Run it then, if not sooner already; none: no wish."""
-        if at_ns is None or (self._at_ns is not None and self._at_ns <= at_ns):
+        # Read once: it may ring meanwhile, on the dispatcher's thread.
+        set_to_ns = self._at_ns
+        if at_ns is None or (set_to_ns is not None and set_to_ns <= at_ns):
             return
         self.cancel()
         self._at_ns = at_ns
@@ -328,8 +349,9 @@ class Alarm:
 
     def cancel(self) -> None:
         """Do not run it."""
-        if self._timer is not None:
-            self._timer.cancel()
+        timer = self._timer
+        if timer is not None:
+            timer.cancel()
         self._at_ns = self._timer = None
 
     def _ring(self) -> None:

@@ -138,6 +138,11 @@ def load_kind(path: str) -> Kind:
         found: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise BadKind(f"module {module_name!r} cannot be imported: {error}") from None
+    except (Exception, SystemExit) as error:  # a module may raise anything
+        raise BadKind(
+            f"module {module_name!r} cannot be imported: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     for part in class_name.split("."):
         found = getattr(found, part, None)
         if found is None:

@@ -1,10 +1,13 @@
 """The command `placement`."""
 
+import errno
 import json
 import logging
+import os
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from actors.run import (
     Outcome,
     calm_collector,
     check_changes,
+    check_kinds,
     kinds_for,
     parse_change,
     summary,
@@ -81,8 +85,31 @@ def _check(
     if store is not None:
         check_store(store)
     for path in files:
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise BadRun(f"{path}: there is no such folder")
+        if path is not None:
+            _check_file(path)
+
+
+def _check_file(name: str) -> None:
+    """Refuse what cannot be written as a file, and make nothing."""
+    path = Path(name).absolute()
+    try:
+        if not path.parent.is_dir():
+            raise BadRun(f"{name}: there is no such folder")
+        if path.is_dir():
+            raise BadRun(f"{name}: it is a folder, not a file")
+        is_there = path.exists()
+    except OSError as error:
+        raise BadRun(f"{name}: {error.strerror}") from None
+    if is_there and not _may_write(path):
+        raise BadRun(f"{name}: it may not be written")
+    if not is_there and not _may_write(path.parent):
+        raise BadRun(f"{name}: nothing may be made in its folder")
+
+
+def _may_write(path: Path) -> bool:
+    # With the rights by which it will be opened.
+    effective = os.access in os.supports_effective_ids
+    return os.access(path, os.W_OK, effective_ids=effective)
 
 
 def _deliver(
@@ -90,6 +117,7 @@ def _deliver(
     read: Requests,
     given: dict[str, Kind],
     changes: tuple[Change, ...],
+    began: float,
 ) -> tuple[Outcome, bool]:
     """Deliver all, with a progress line on a terminal; whether it was interrupted."""
     console = Console(stderr=True)
@@ -119,7 +147,7 @@ def _deliver(
             for number in (signal.SIGINT, signal.SIGTERM)
         }
         try:
-            return delivery.run(changes), bool(interrupts)
+            return delivery.run(changes, began=began), bool(interrupts)
         finally:
             for number, old in before.items():
                 signal.signal(number, old)
@@ -176,16 +204,21 @@ def run(
             *(parse_change("join", text) for text in join),
             *(parse_change("leave", text) for text in leave),
         ]
+        began = time.monotonic()
         read = read_requests(requests)
+        check_kinds(read, given)
         ordered = check_changes(changes, names, len(read))
         calm_collector()
     except ValueError as error:
         raise _wrong(str(error)) from None
     with tempfile.TemporaryDirectory(prefix="placement-") as folder:
         url = store if store is not None else f"sqlite:///{folder}/run.db"
-        witness = ActivationWitness(
-            None if witness_file is None else Path(witness_file)
-        )
+        try:
+            witness = ActivationWitness(
+                None if witness_file is None else Path(witness_file)
+            )
+        except OSError as error:
+            raise _wrong(f"{witness_file}: {error.strerror}") from None
         try:
             cluster = Cluster.embedded(
                 nodes=names,
@@ -200,7 +233,7 @@ def run(
             click.echo(f"placement: {error}", err=True)
             raise click.exceptions.Exit(FAILED) from None
         with cluster:
-            outcome, is_interrupted = _deliver(cluster, read, given, ordered)
+            outcome, is_interrupted = _deliver(cluster, read, given, ordered, began)
         witness.close()
         joined = [change.node for change in ordered if change.verb == "join"]
         found = summary(outcome, witness, [*names, *joined])
@@ -211,10 +244,7 @@ def run(
             except OSError as error:
                 click.echo(f"placement: {report}: {error.strerror}", err=True)
                 raise click.exceptions.Exit(FAILED) from None
-    if as_json:
-        click.echo(json.dumps(found))
-    else:
-        _print(found)
+    is_said = _say(found, as_json=as_json)
     for reason, count in sorted(outcome.reasons.items()):
         click.echo(
             f"placement: {count} failed: {reason}, first {outcome.examples[reason]}",
@@ -222,8 +252,28 @@ def run(
         )
     if is_interrupted:
         raise click.exceptions.Exit(INTERRUPTED)
-    if outcome.failed or found["double_activations"]:
+    if outcome.failed or found["double_activations"] or not is_said:
         raise click.exceptions.Exit(FAILED)
+
+
+def _say(found: dict[str, Any], *, as_json: bool) -> bool:
+    """Print the sum to standard output; false, and why, where that is full."""
+    try:
+        if as_json:
+            click.echo(json.dumps(found))
+        else:
+            _print(found)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise  # whoever read it has enough; click ends quietly
+        click.echo(f"placement: standard output: {error.strerror}", err=True)
+        # What is left in its buffer would raise once more at the end.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return False
+    return True
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -97,6 +97,20 @@ def kinds_for(
     return {**given, **{name: given.get(name, tally) for name in names}}
 
 
+def check_kinds(requests: Requests, given: Mapping[str, Kind]) -> None:
+    """Refuse a kind that no request has: somebody has mistyped its name.
+
+    Raises:
+        BadRun: there is one.
+    """
+    there = {request.identity.kind for request in requests}
+    for name in sorted(set(given) - there):
+        raise BadRun(
+            f"--kind {name}=...: no request in {requests.name} has that kind; "
+            f"they have {', '.join(sorted(there)[:5])}"
+        )
+
+
 class Target(Protocol):
     """The cluster as the run uses it."""
 
@@ -158,14 +172,17 @@ class Delivery:
         self._stop = threading.Event()
         self.outcome = Outcome()
 
-    def run(self, changes: Sequence[Change]) -> Outcome:
-        """Deliver all; make each change when its number has been delivered."""
+    def run(self, changes: Sequence[Change], *, began: float | None = None) -> Outcome:
+        """Deliver all; make each change when its number has been delivered.
+
+        `began` is when the first request was read, by `time.monotonic()`.
+        """
         waiting = deque(changes)
-        began = time.monotonic()
+        began = time.monotonic() if began is None else began
         for index, request in enumerate(self._requests, start=1):
+            self._take_room()
             if self._stop.is_set():
                 break
-            self._take_room()
             self._send(request, time.monotonic() + _AGAIN_FOR_S)
             self.outcome.requests += 1
             while waiting and waiting[0].at <= index:
@@ -179,14 +196,14 @@ class Delivery:
         return self.outcome
 
     def stop(self) -> None:
-        """Send no more; what is under way is waited for."""
+        """Send no more, nor ask again; what is under way is waited for."""
         self._stop.set()
 
     def _take_room(self) -> None:
         if self._under_way < WINDOW:
             return
         with self._lock:
-            while self._under_way > _ROOM_AT:
+            while self._under_way > _ROOM_AT and not self._stop.is_set():
                 self._is_waiting = True
                 self._idle.wait(0.05)
                 self._repeat_due()
@@ -227,7 +244,8 @@ class Delivery:
             answer = future.get(timeout=0)
         except OutcomeUnknown as error:
             now = time.monotonic()
-            if self._repeatable(request.identity.kind) and now < until:
+            is_wanted = now < until and not self._stop.is_set()
+            if is_wanted and self._repeatable(request.identity.kind):
                 with self._lock:
                     # Those after it wait; those before it are answered or here.
                     held = self._again.setdefault(request.identity, deque())

@@ -1,9 +1,11 @@
 """What every test is held to: the same examples each time, nothing left running."""
 
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -66,14 +68,35 @@ def running_children() -> list[str]:
     return running
 
 
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Have all temporary files made in a folder of this run, by child processes too.
+
+    Other runs on this machine make their own meanwhile.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="placement-tests-") as name,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        Path(name).chmod(0o755)  # some tests run as another user
+        patch.setenv("TMPDIR", name)
+        patch.setattr(tempfile, "tempdir", name)
+        yield Path(name)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def nothing_is_left_at_the_end() -> Iterator[None]:
-    """Fail the run that leaves a thread or a child process behind."""
-    yield
-    left = [
-        *(f"thread {name}" for name in threads_left({threading.main_thread()})),
-        *(f"process {name}" for name in children_left()),
-    ]
+def nothing_is_left_at_the_end(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[None]:
+    """Fail the run that leaves a thread, child process or temporary file behind."""
+    tmp_path_factory.getbasetemp()  # pytest's own are made where they always are
+    with temporary_folder() as folder:
+        yield
+        left = [
+            *(f"thread {name}" for name in threads_left({threading.main_thread()})),
+            *(f"process {name}" for name in children_left()),
+            *(f"file {path}" for path in sorted(folder.iterdir())),
+        ]
     assert not left, f"left after all tests: {', '.join(left)}"
 
 

@@ -3,7 +3,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent
-NAME = re.compile(r"_r([1-4])_(\d)")
+# A word of its own: in `test_r2_5_a_lease`, not in `test_four_2_5` or `_r2_50`.
+NAME = re.compile(r"(?<=_)r([1-4])_(\d)(?=_)")
 WANTED = {
     *((1, number) for number in range(1, 6)),
     *((2, number) for number in range(1, 6)),
@@ -22,3 +23,12 @@ def test_every_requirement_is_named_by_a_test() -> None:
     }
 
     assert WANTED - found == set()
+
+
+def test_only_a_whole_word_of_a_name_is_a_requirement() -> None:
+    assert NAME.findall("test_r2_5_two_never_host_it_r3_1_nor_lock_it") == [
+        ("2", "5"),
+        ("3", "1"),
+    ]
+    for name in ("test_r2_5", "test_r2_50_times", "test_for2_5_times", "test_r5_1_x"):
+        assert NAME.findall(name) == []

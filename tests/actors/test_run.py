@@ -6,19 +6,28 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
+from actors.future import Future
 from actors.main import main
 from actors.requests import SAMPLE, read_requests
-from actors.run import BadRun, check_changes, parse_change
+from actors.run import WINDOW, BadRun, Delivery, check_changes, parse_change
 from actors.store_url import open_store
-from placement.contracts import SessionRecord
+from messages.payload import BYTES_MAX
+from placement.contracts import Load, Loaded, SessionRecord
+from placement.errors import OutcomeUnknown
+from placement.identity import Identity
 from placement.topology import SessionId
+from tests.actors.test_cluster import eventually
 
 ROOT = Path(__file__).parents[2]
 TRACE = ROOT / "actors" / "data" / SAMPLE
@@ -38,6 +47,43 @@ KEYS = [
 
 def run(*args: str, stdin: str | bytes | None = None) -> Result:
     return CliRunner().invoke(main, ["run", *args], input=stdin)
+
+
+COMMAND = [sys.executable, "-c", "from actors.main import main; main()", "run"]
+NOBODY = 65_534
+
+
+@pytest.fixture
+def bare() -> Iterator[Path]:
+    """A folder that another user may look into, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(prefix="placement-test-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+        folder.chmod(0o755)
+
+
+def read_only(folder: Path) -> Path:
+    """Have nobody write in it, nor what is in it."""
+    for each in folder.iterdir():
+        each.chmod(0o444)
+    folder.chmod(0o555)
+    return folder
+
+
+def as_nobody(*args: str) -> "subprocess.CompletedProcess[str]":
+    """Run the command without the rights of root, to whom nothing is read-only."""
+    become = f"os.setegid({NOBODY}); os.seteuid({NOBODY})"
+    program = f"import os, sys; from actors.main import main; {become}; main()"
+    if os.geteuid() != 0:
+        program = "from actors.main import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, "run", *args],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+        text=True,
+    )
 
 
 def requests_in(path: Path, identities: int, each: int, kind: str = "item") -> Path:
@@ -165,6 +211,123 @@ def test_a_full_disk_fails_what_it_touches_and_nothing_else(tmp_path: Path) -> N
     assert "full" in result.stderr
 
 
+def test_a_delivery_that_is_stopped_sends_no_more_though_its_window_is_full(
+    tmp_path: Path,
+) -> None:
+    class Silent:
+        """A cluster that never answers, and is told so."""
+
+        nodes = ("node-1",)
+
+        def __init__(self) -> None:
+            self.futures: list[Future] = []
+
+        def ref(self, identity: str) -> Any:
+            return self
+
+        def ask(self, payload: Any, **_: Any) -> Future:
+            self.futures.append(Future())
+            return self.futures[-1]
+
+    requests = read_requests(str(requests_in(tmp_path / "m.jsonl", 1_000, 1)))
+    silent: Any = Silent()
+    delivery = Delivery(silent, requests, repeatable=lambda _: True)
+    running = threading.Thread(target=delivery.run, args=([],))
+    running.start()
+    eventually(lambda: len(silent.futures) == WINDOW)
+
+    delivery.stop()
+    for future in silent.futures:
+        future.set_error(OutcomeUnknown("no answer in time"))
+    running.join(10)
+
+    assert not running.is_alive()
+    assert delivery.outcome.requests == delivery.outcome.failed == WINDOW
+    assert len(silent.futures) == WINDOW
+
+
+def lock_when_used(path: Path, seconds: float, locked: threading.Event) -> None:
+    """Keep everybody else from writing for a while, once some states are stored."""
+    with closing(sqlite3.connect(path, timeout=30, isolation_level=None)) as db:
+        count = "SELECT count(*) FROM identities WHERE snapshot IS NOT NULL"
+        eventually(lambda: path.exists() and db.execute(count).fetchone()[0] > 20)
+        db.execute("BEGIN EXCLUSIVE")
+        locked.set()
+        threading.Event().wait(seconds)
+        db.execute("ROLLBACK")
+
+
+def stored_counts(url: str, identities: Iterable[str]) -> dict[str, int]:
+    """How many requests each tally has stored."""
+    counts = {}
+    with closing(open_store(url)) as store:
+        for name in identities:
+            (loaded,) = store.load([Load(Identity.parse(name))])
+            assert isinstance(loaded, Loaded)
+            stored = loaded.entry.record.snapshot
+            state = {} if stored is None else msgspec.msgpack.decode(stored[7:])
+            counts[name] = sum(
+                last - first + 1 for ranges in state.values() for first, last in ranges
+            )
+    return counts
+
+
+def test_a_store_locked_in_mid_run_fails_what_it_touches_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    requests = requests_in(tmp_path / "many.jsonl", 300, 60)
+    url = f"sqlite:///{tmp_path}/t.db?busy_timeout_ms=200"
+    report = tmp_path / "r.jsonl"
+    open_store(url).close()
+    locked = threading.Event()
+    locking = threading.Thread(
+        target=lock_when_used, args=(tmp_path / "t.db", 3.0, locked)
+    )
+    locking.start()
+    options = ["--durable", "--json", "--ask-timeout", "2", "--store", url]
+
+    result = run(str(requests), *options, "--report", str(report))
+    locking.join()
+
+    assert locked.is_set()
+    assert result.exit_code == 1, result.output
+    found = json.loads(result.stdout)
+    assert found["answered"] > 0
+    assert found["failed"] > 0
+    assert found["answered"] + found["failed"] == 18_000
+    assert found["double_activations"] == 0
+    assert "is locked" in result.stderr
+    assert "failed: StoreFailed, first line " in result.stderr
+    rows = [json.loads(line) for line in report.read_text().splitlines()]
+    stored = stored_counts(url, [row["identity"] for row in rows])
+    assert all(stored[row["identity"]] >= row["count"] for row in rows)
+    assert sum(stored.values()) >= found["answered"]
+
+
+@pytest.mark.parametrize(
+    ("folder_mode", "said"),
+    [(0o777, "is read-only"), (0o555, "cannot be written to")],
+)
+def test_a_store_that_is_read_only_is_refused_and_left_alone(
+    bare: Path, folder_mode: int, said: str
+) -> None:
+    small = requests_in(bare / "small.jsonl", 2, 2)
+    path = bare / "t.db"
+    open_store(f"sqlite:///{path}").close()
+    before = path.read_bytes()
+    there = sorted(read_only(bare).iterdir())
+    bare.chmod(folder_mode)
+
+    ended = as_nobody(str(small), "--store", f"sqlite:///{path}", "--json")
+
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stdout == ""
+    assert ended.stderr.startswith(f"placement: {path}")
+    assert said in ended.stderr
+    assert path.read_bytes() == before
+    assert sorted(bare.iterdir()) == there
+
+
 def test_the_witness_writes_what_it_saw(tmp_path: Path, small: Path) -> None:
     path = tmp_path / "w.jsonl"
 
@@ -220,6 +383,10 @@ def test_a_store_file_that_is_not_ours_is_refused_and_left_alone(
         (b'{"identity": "a/"}', "line 2: field identity: the name after kind/"),
         (b'{"identity": "a/\\u0001"}', "line 2: field identity: name"),
         (b'{"identity": "a/b", "payload": 36893488147419103232}', "field payload"),
+        (
+            b'{"identity": "a/b", "payload": "' + b"x" * BYTES_MAX + b'"}',
+            f"bytes, at most {BYTES_MAX}",
+        ),
         (b"\xff\xfe", "line 2: not JSON"),
     ],
 )
@@ -285,7 +452,12 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
             "is given twice",
         ),
         (["--kind", "item=tests.actors.test_run:SLOW"], "above the safety margin"),
+        (["--kind", "item=..nowhere:X"], "imported: TypeError: "),
+        (["--kind", "itme=actors.tally:Tally"], "--kind itme=...: no request in"),
         (["--report", "/no/such/folder/r.jsonl"], "there is no such folder"),
+        (["--report", "."], ".: it is a folder, not a file"),
+        (["--witness", "."], ".: it is a folder, not a file"),
+        (["--witness", "n" * 300], "File name too long"),
         (["--ttl", "0"], "ttl must be at least"),
         (["--renew-every", "9"], "renew_every of 9.0"),
         (["--margin", "9"], "margin must be"),
@@ -301,6 +473,86 @@ def test_options_that_make_no_sense_end_with_2(
 
     assert result.exit_code == 2, result.output
     assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("raise ValueError('not today')", "cannot be imported: ValueError: not today"),
+        ("def def", "cannot be imported: SyntaxError: invalid syntax"),
+        ("import sys; sys.exit(3)", "cannot be imported: SystemExit: 3"),
+        ("import no_such_module", "cannot be imported: No module named"),
+    ],
+)
+def test_a_kind_whose_module_cannot_be_imported_ends_with_2(
+    tmp_path: Path,
+    small: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    said: str,
+) -> None:
+    (tmp_path / "boom.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    result = run(str(small), "--kind", "item=boom:X")
+
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("placement: module 'boom' ")
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize("option", ["--report", "--witness"])
+def test_a_file_where_nothing_may_be_written_is_refused_before_all(
+    bare: Path, option: str
+) -> None:
+    small = requests_in(bare / "small.jsonl", 2, 2)
+    (bare / "old.jsonl").write_text("kept")
+    before = sorted(read_only(bare).iterdir())
+
+    for name, said in (
+        ("new.jsonl", "nothing may be made in its folder"),
+        ("old.jsonl", "it may not be written"),
+    ):
+        ended = as_nobody(str(small), option, str(bare / name))
+        assert ended.returncode == 2, ended.stderr
+        assert said in ended.stderr
+    assert sorted(bare.iterdir()) == before
+    assert (bare / "old.jsonl").read_text() == "kept"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_where_standard_output_is_full_it_says_so_and_ends_with_1(
+    small: Path, options: list[str]
+) -> None:
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(
+            [*COMMAND, str(small), "--nodes", "1", "--store", "memory://", *options],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+
+    assert ended.stderr.decode() == (
+        "placement: standard output: No space left on device\n"
+    )
+    assert ended.returncode == 1
+
+
+def test_seconds_run_from_the_first_request_read(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_slowly(path: str | None) -> Any:
+        threading.Event().wait(0.5)
+        return read_requests(path)
+
+    monkeypatch.setattr("actors.main.read_requests", read_slowly)
+    result = run(str(small), "--json", "--store", "memory://")
+
+    found = json.loads(result.stdout)
+    assert found["seconds"] >= 0.5
+    assert found["requests_per_s"] <= 400
 
 
 def slow() -> Any:
