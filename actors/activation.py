@@ -32,7 +32,7 @@ from placement.errors import (
     PlacementError,
     Refusal,
     Rejected,
-    StoreFailed,
+    SaveFailed,
     describe,
     text_of,
 )
@@ -779,7 +779,7 @@ class GrainActivation:
                 error: PlacementError = (
                     OutcomeUnknown(f"the store failed: {message}")
                     if may_have_happened
-                    else StoreFailed(message)
+                    else SaveFailed(message)
                 )
                 self._lose(error)
             case Stale(current):

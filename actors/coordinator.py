@@ -182,8 +182,13 @@ class PartitionCoordinator(DispatchedActor):
 
     def _released(self, request: Release, outcome: Released | Failed) -> None:
         if not self._is_dead():
-            is_released = isinstance(outcome, Released)
-            self._perform(self._claims.released(request, is_released=is_released))
+            self._perform(
+                self._claims.released(
+                    request,
+                    is_released=isinstance(outcome, Released),
+                    now_ns=self.dispatcher.now_ns(),
+                )
+            )
 
     def _perform(self, effects: Iterable[ClaimEffect]) -> None:
         for effect in effects:

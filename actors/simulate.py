@@ -1,538 +1,271 @@
-"""`placement simulate`: seeded runs of a cluster under faults, and their judgement."""
+"""Many trials: their sums, their violations told, and their faults made fewer."""
 
-import gc
+import json
+import multiprocessing
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from random import Random
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import msgpack
-import msgspec
-import pykka
 import xxhash
 
-from actors.engine import Settings
-from actors.faults import (
-    DRIFT_BEYOND_PPM,
-    DRIFT_PPM,
-    CutOff,
-    Episode,
-    StoreTrouble,
-    WireTrouble,
-    plan,
-)
-from actors.future import Future
-from actors.kind import Kind
-from actors.node import PlacementNode
-from actors.observer import Bounds, Violation, observe
-from actors.simulation import PARTITIONS, Process, Shared, SimulatedCluster
-from actors.trace import (
-    Asked,
-    Ended,
-    Entered,
-    FinalState,
-    Healed,
-    LeftBehind,
-    Reached,
-    Record,
-    Told,
-    WorkDone,
-)
-from actors.workload import Order, kinds_on, outcome_of
-from placement.identity import Identity
+from actors.faults import Episode
+from actors.observer import Violation
+from actors.trace import Record
+from actors.trial import Result, Scenario, Trial
 
-TTL_S = 2.0
-REQUESTS_PER_S = 100.0
-_HEAL_BEFORE_END_S = 0.0
-_STATE_HEADER = 3
-_ASK_S = 10.0
+_TOLD_MAX = 40
+_WINDOW_NS = 6_000_000_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scenario:
-    """What every run does, but for its seed."""
+@dataclass(slots=True)
+class Sum:
+    """What many trials came to, under the names that `--json` prints."""
 
-    nodes: int = 5
-    identities: int = 200
-    requests: int = 5_000
-    faults: tuple[str, ...] = ()
-    defect: str = ""
+    runs: int = 0
+    messages: int = 0
+    answered: int = 0
+    refused: int = 0
+    unknown: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    violations: int = 0
+    first: tuple[int, Violation] | None = None
+    seconds: float = 0.0
+    _digest: Any = field(default_factory=xxhash.xxh3_128, repr=False)
 
-    @property
-    def duration_s(self) -> float:
-        """How long requests come, in virtual seconds."""
-        return max(10 * TTL_S, self.requests / REQUESTS_PER_S)
+    def add(self, result: Result) -> None:
+        """Take in the next trial, in the order of the seeds."""
+        self.runs += 1
+        self.messages += result.messages
+        self.answered += result.answered
+        self.refused += result.refused
+        self.unknown += result.unknown
+        self.faults.update(result.faults)
+        self.violations += len(result.violations)
+        if self.first is None and result.violations:
+            self.first = result.seed, result.violations[0]
+        self._digest.update(bytes.fromhex(result.trace_hash))
+
+    def as_json(self) -> dict[str, Any]:
+        """The sum as one object."""
+        first = None
+        if self.first is not None:
+            seed, violation = self.first
+            first = {
+                "seed": seed,
+                "rule": violation.rule,
+                "identity": violation.identity,
+                "at": violation.at_ns / 1e9,
+            }
+        return {
+            "runs": self.runs,
+            "messages": self.messages,
+            "answered": self.answered,
+            "refused": self.refused,
+            "unknown": self.unknown,
+            "faults": dict(sorted(self.faults.items())),
+            "violations": self.violations,
+            "first_violation": first,
+            "trace_hash": self._digest.hexdigest(),
+            "seconds": round(self.seconds, 3),
+        }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """What became of one run."""
-
-    seed: int
-    messages: int
-    answered: int
-    refused: int
-    unknown: int
-    faults: dict[str, int]
-    violations: tuple[Violation, ...]
-    trace_hash: str
-    episodes: int
+def _perform(work: tuple[int, Scenario]) -> Result:
+    seed, scenario = work
+    return Trial(seed, scenario).perform()
 
 
-class Run:
-    """One seeded run: programs ask, faults come and go, an observer judges."""
+def simulate(
+    seeds: Sequence[int],
+    scenario: Scenario,
+    *,
+    jobs: int = 1,
+    progress: Callable[[int, int], None] = lambda _runs, _violations: None,
+    until_first: bool = False,
+) -> Sum:
+    """Perform the trials of `seeds`; the sum is the same however many `jobs`.
+
+    With `until_first` no trial is begun after one that broke a rule.
+    """
+    found = Sum()
+    began = time.monotonic()
+    for result in _results(seeds, scenario, jobs):
+        found.add(result)
+        progress(found.runs, found.violations)
+        if until_first and found.violations:
+            break
+    found.seconds = time.monotonic() - began
+    return found
+
+
+def _results(seeds: Sequence[int], scenario: Scenario, jobs: int) -> Iterator[Result]:
+    work = [(seed, scenario) for seed in seeds]
+    if jobs == 1 or len(work) == 1:
+        yield from map(_perform, work)
+        return
+    # Spawned: a trial must not depend on what its parent has done before.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        waiting: deque[Any] = deque()
+        left = iter(work)
+        try:
+            for each in left:
+                waiting.append(pool.submit(_perform, each))
+                if len(waiting) > 4 * jobs:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for each in waiting:
+                each.cancel()
+
+
+# --- one trial, told ----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A frame that arrived, as the trace has it."""
+
+    at_ns: int
+    sender: str
+    receiver: str
+    name: str
+    fields: tuple[Any, ...]
+
+
+class Witnessed:
+    """A trial performed again with all its frames kept."""
 
     def __init__(
-        self,
-        seed: int,
-        scenario: Scenario,
-        *,
-        episodes: Sequence[Episode] | None = None,
-        tap: Callable[[int, str, str, bytes], None] | None = None,
+        self, seed: int, scenario: Scenario, episodes: Sequence[Episode] | None = None
     ) -> None:
-        from actors.defects import variant_of  # noqa: PLC0415  they subclass this
+        self.frames: list[Frame] = []
+        trial = Trial(seed, scenario, episodes=episodes, tap=self._take)
+        self.result = trial.perform()
+        self.episodes = trial.episodes
+        self.records: list[Record] = sorted(trial.records, key=lambda each: each.at_ns)
 
-        self.seed = seed
-        self.scenario = scenario
-        self.variant = variant_of(scenario.defect)
-        self.counts: Counter[str] = Counter()
-        self.outcomes: Counter[str] = Counter()
-        self.shared = shared = Shared(seed, PARTITIONS)
-        self.variant.prepare(shared)
-        self.world = shared.world
-        self.records: list[Record] = shared.records
-        self.settings = Settings(
-            ttl=TTL_S, partitions=PARTITIONS, ask_timeout=_ASK_S, cache_ttl=20.0
-        )
-        self.kinds: dict[str, Kind] = kinds_on(self, idle_after=4 * TTL_S)
-        self.episodes = (
-            plan(
-                seed,
-                scenario.faults,
-                duration_s=scenario.duration_s,
-                ttl_s=TTL_S,
-            )
-            if episodes is None
-            else tuple(episodes)
-        )
-        if tap is not None:
-            world = self.world
-            shared.network.tap = lambda sender, to, data: tap(
-                world.now_ns, sender, to, data
-            )
-        self.processes: dict[str, Process] = {}
-        self.nodes: dict[str, PlacementNode] = {}
-        self.clients: list[str] = []
-        self._choose = self.world.stream("choices").random
-        self._inside: dict[str, float] = {}
-        self._grain_draws: list[Callable[[], float]] = []
-        self._hanging: list[Future] = []
-        self._numbers: Counter[tuple[str, str]] = Counter()
-        self._started = 0
-        self._drift = self.world.stream("drift").random
-        if scenario.faults:
-            steps = self.world.stream("steps").random
-            shared.turns_at_once = lambda: (1, 2, 5, 0)[int(steps() * 4)]
+    def _take(self, at_ns: int, sender: str, receiver: str, data: bytes) -> None:
+        body = msgpack.unpackb(data, strict_map_key=False)[5]
+        name = _NAMES.get(body[0], str(body[0]))
+        self.frames.append(Frame(at_ns, sender, receiver, name, tuple(body[1:])))
 
-    # --- as a stage of the Grains ---
-
-    def inside(self, context: Any) -> None:
-        """Make the process stand still inside user code, where that was planned."""
-        if not self._inside:
-            return
-        node = context.pid.node
-        seconds = self._inside.pop(node, 0.0)
-        if seconds:
-            self.counts["pause"] += 1
-            self.world.spend(round(seconds * 1e9))
-            self.processes[node].pause(0.0)
-
-    def grain_trouble(self) -> str:
-        """What user code is to do wrong now."""
-        for draw in self._grain_draws:
-            if draw() < _GRAIN_RATE:
-                return _GRAIN_TROUBLES[int(draw() * len(_GRAIN_TROUBLES))]
-        return ""
-
-    def hang(self, future: Future) -> None:
-        """Answer `future` when the fault is over."""
-        self._hanging.append(future)
-
-    # --- nodes ---
-
-    def start_node(self, name: str, *, is_client: bool = False) -> None:
-        """Start a process and its node, and do not wait for it."""
-        rate_ppm = 1_000_000
-        if "drift-beyond" in self.scenario.faults:
-            side = 1 if len(self.processes) % 2 else -1
-            rate_ppm += side * DRIFT_BEYOND_PPM
-            self.counts["drift-beyond"] += 1
-        elif "drift" in self.scenario.faults:
-            rate_ppm += round((self._drift() * 2 - 1) * DRIFT_PPM)
-            self.counts["drift"] += 1
-        process = self.variant.process(self.shared, name, rate_ppm=rate_ppm)
-        node = PlacementNode(
-            name,
-            kinds={} if is_client else self.kinds,
-            engine=process,
-            settings=self.settings,
-        )
-        self.variant.change(node)
-        self.processes[name], self.nodes[name] = process, node
-        if is_client:
-            self.clients.append(name)
-            node.begin_client()
-        else:
-            node.begin_member()
-
-    def crash_node(self, name: str) -> None:
-        """End a process at once."""
-        node = self.nodes.pop(name)
-        self.processes[name].end("crashed")
-        node.is_dead = True
-
-    def leave_node(self, name: str) -> None:
-        """Have a node leave in good order; a late one ends as by a crash."""
-        node = self.nodes[name]
-        if node.state == "stopping":
-            return
-        node.begin_stop()
-        self._await_leaving(name, node, self.world.now_ns + round(5 * TTL_S * 1e9))
-
-    def _await_leaving(self, name: str, node: PlacementNode, until_ns: int) -> None:
-        process = self.processes[name]
-        if process.is_gone or self.nodes.get(name) is not node:
-            return
-        if node.has_left:
-            # What is under way to it still comes back from it.
-            self.world.after(0.05, self._gone, name, node)
-            node.leave_wire()
-        elif self.world.now_ns >= until_ns:
-            self.crash_node(name)
-        else:
-            self.world.after(0.05, self._await_leaving, name, node, until_ns)
-
-    def _gone(self, name: str, node: PlacementNode) -> None:
-        if self.nodes.get(name) is node:
-            del self.nodes[name]
-            self.processes[name].end("stopped")
-
-    def member_names(self) -> list[str]:
-        """The nodes that run and host, sorted."""
-        return sorted(name for name in self.nodes if name not in self.clients)
-
-    def _picked(self, shares: Sequence[float]) -> list[str]:
-        names = self.member_names()
-        return [names[int(share * len(names))] for share in shares] if names else []
-
-    # --- faults ---
-
-    def _begin(self, episode: Episode) -> None:
-        picked = self._picked(episode.nodes)
-        network, store = self.shared.network, self.shared.calls
-        match episode.kind:
-            case "drop" | "duplicate" | "delay":
-                wire = WireTrouble(episode, self.seed, self.counts)
-                network.faults.append(wire)
-                self._until(episode, lambda: network.faults.remove(wire))
-            case "cut":
-                one = frozenset(picked[:1])
-                other = frozenset({*self.nodes} - one)
-                if episode.rate < 0.5:  # noqa: PLR2004  from one only, or from all
-                    other = frozenset(picked[1:2]) - one
-                cut = CutOff(one, other, how=episode.how, counts=self.counts)
-                network.faults.append(cut)
-                store.faults.append(cut)
-
-                def mend() -> None:
-                    network.faults.remove(cut)
-                    store.faults.remove(cut)
-
-                self._until(episode, mend)
-            case "store-fail" | "store-lost" | "store-slow" | "store-down":
-                trouble = StoreTrouble(episode, self.seed, self.counts)
-                store.faults.append(trouble)
-                self._until(episode, lambda: store.faults.remove(trouble))
-            case "crash":
-                self._crash(episode, picked)
-            case "pause":
-                self._pause(episode, picked)
-            case "churn":
-                self._churn(episode, picked)
-            case "grain":
-                draw = episode.random(self.seed).random
-                self._grain_draws.append(draw)
-
-                def calm() -> None:
-                    self._grain_draws.remove(draw)
-                    hanging, self._hanging = self._hanging, []
-                    for future in hanging:
-                        future.set()
-
-                self._until(episode, calm)
-
-    def _until(self, episode: Episode, end: Callable[[], None]) -> None:
-        self.world.after(episode.for_s, end)
-
-    def _crash(self, episode: Episode, picked: list[str]) -> None:
-        # Now and then several, or all of them.
-        victims = set(picked[: 1 + (episode.rate > _MANY) * 2])
-        for name in sorted(victims):
-            if len(self.member_names()) == 1 and episode.how != "restart":
+    def concerning(self, violation: Violation) -> Iterator[str]:
+        """The last events that concern its identity, as lines."""
+        since_ns = violation.at_ns - _WINDOW_NS
+        lines: list[tuple[int, str]] = []
+        for record in self.records:
+            if not since_ns <= record.at_ns <= violation.at_ns:
                 continue
-            self.counts["crash"] += 1
-            self.crash_node(name)
-            if episode.how == "restart":
-                self.world.after(episode.for_s, self._restart, name)
-
-    def _restart(self, name: str) -> None:
-        if name not in self.nodes:
-            self.start_node(name)
-
-    def _pause(self, episode: Episode, picked: list[str]) -> None:
-        for name in picked[:1]:
-            if episode.how == "inside":
-                self._inside[name] = episode.for_s
-            else:
-                self.counts["pause"] += 1
-                self.processes[name].pause(episode.for_s)
-
-    def _churn(self, episode: Episode, picked: list[str]) -> None:
-        self.counts["churn"] += 1
-        match episode.how:
-            case "join":
-                self._join()
-            case "leave" if len(self.member_names()) > 1:
-                self.leave_node(picked[0])
-                self.world.after(episode.for_s, self._join)
-            case "drain" if len(self.member_names()) > 1:
-                self.nodes[picked[0]].drain()
-                self.world.after(episode.for_s, self._leave_if_there, picked[0])
-                self.world.after(episode.for_s, self._join)
-            case "flap":
-                for turn in range(4):
-                    at_s = turn * episode.for_s / 4
-                    name = f"flap-{episode.number}-{turn}"
-                    self.world.after(at_s, self._restart, name)
-                    self.world.after(
-                        at_s + episode.for_s / 8, self._leave_if_there, name
-                    )
-
-    def _join(self) -> None:
-        self._started += 1
-        self.start_node(f"join-{self._started}")
-
-    def _leave_if_there(self, name: str) -> None:
-        if name in self.nodes and len(self.member_names()) > 1:
-            self.leave_node(name)
-
-    # --- programs ---
-
-    def _issue(self, order: Order) -> None:
-        names = sorted(self.nodes)
-        if not names:
-            return
-        name = names[int(order.where * len(names))]
-        node = self.nodes[name]
-        self.processes[name].program.post(self._speak, node, order)
-
-    def _speak(self, node: PlacementNode, order: Order) -> None:
-        """One request of a program on `node`."""
-        operation = order.operation
-        kind = "log" if operation in {"tell", "leave log"} else "counter"
-        identity = f"{kind}/{order.identity}"
-        request = f"r{order.number}"
-        now_ns = self.world.moment_ns()
-        address = str(node.address)
-        if operation == "tell":
-            self._numbers[address, identity] += 1
-            number = self._numbers[address, identity]
-            self.records.append(Told(now_ns, address, request, identity, number))
-            node.ref(identity).tell([number], request_id=request)
-            return
-        message: list[Any] = [operation]
-        if operation == "pass on":
-            message.append(f"counter/{order.other}")
-        if operation == "leave log":
-            node.ref(identity).tell([0], request_id="")
-            return
-        deadline_ns = now_ns + round(_ASK_S * 1e9)
-        self.records.append(
-            Asked(now_ns, address, request, identity, operation, deadline_ns)
-        )
-        future = node.ref(identity).ask(message, block=False, request_id=request)
-        process = self.processes[node.name]
-        future.on_done(lambda done: self._ended(process, request, done))
-
-    def _ended(self, process: Process, request: str, future: Future) -> None:
-        if process.is_gone:
-            return
-        try:
-            value, outcome, reason = future.get(timeout=0), "answered", ""
-        except Exception as error:  # noqa: BLE001  that is what is recorded
-            value = None
-            outcome, reason = outcome_of(error)
-        self.outcomes[outcome] += 1
-        self.records.append(
-            Ended(self.world.moment_ns(), request, outcome, value, reason)
-        )
-
-    # --- the whole run ---
-
-    def perform(self) -> Result:
-        """Run it from beginning to end, and judge it."""
-        scenario, world = self.scenario, self.world
-        for number in range(1, scenario.nodes + 1):
-            self.start_node(f"node-{number}")
-        self.start_node("client-1", is_client=True)
-        self.start_node("client-2", is_client=True)
-        world.run_until(world.now_ns + 500_000_000)
-        began_ns = world.now_ns
-        draw = world.stream("requests")
-        duration_s = scenario.duration_s
-        for number in range(scenario.requests):
-            order = Order(draw, number, scenario.identities, duration_s)
-            world.after(order.at_s, self._issue, order)
-        for episode in self.episodes:
-            world.after(episode.at_s, self._begin, episode)
-        world.run_until(began_ns + round(duration_s * 1e9))
-        self._heal()
-        self._prove_reachable()
-        world.run_until(world.now_ns + round((_ASK_S + 3) * 1e9))
-        self._look_at_what_is_left()
-        result = self._judge()
-        self.close()
-        return result
-
-    def _heal(self) -> None:
-        world = self.world
-        self._inside.clear()
-        # What an episode has put off (a restart, the end of a pause) comes first.
-        world.run_until(world.now_ns + 1_000_000_000)
-        if not self.member_names():
-            self.start_node("node-1")
-        self.records.append(Healed(world.now_ns))
-
-    def _prove_reachable(self) -> None:
-        """Have every identity sought from every node that runs."""
-        world = self.world
-        world.run_until(world.now_ns + round(TTL_S * 1e9))
-        seconds = 2 * TTL_S - 0.5
-        for name in sorted(self.nodes):
-            node = self.nodes[name]
-            if node.state == "stopping":
-                continue
-            for number in range(self.scenario.identities):
-                identity = f"counter/{number}"
-                future = node.seek(identity, timeout=seconds)
-                future.on_done(
-                    lambda done, node=node, identity=identity: self._reached(
-                        node, identity, done
-                    )
-                )
-
-    def _reached(self, node: PlacementNode, identity: str, future: Future) -> None:
-        reason = ""
-        try:
-            future.get(timeout=0)
-        except Exception as error:  # noqa: BLE001  that is what is recorded
-            reason = f"{type(error).__name__}: {error}"
-        self.records.append(
-            Reached(self.world.moment_ns(), str(node.address), identity, reason)
-        )
-
-    def _look_at_what_is_left(self) -> None:
-        contents = self.shared.store._contents  # noqa: SLF001
-        now_ns = self.world.now_ns
-        hosted = {
-            (node.session, pid.identity): pid
-            for node in self.nodes.values()
-            for pid in node.hosted()
-        }
-        for identity, row in sorted(contents.rows.items()):
-            if identity.kind == "counter":
-                self.records.append(
-                    FinalState(now_ns, str(identity), _requests_in(row.snapshot))
-                )
-            open_sessions = contents.open_sessions
-            if row.lock is not None and row.lock.session in open_sessions:
-                self._left("store", f"lock of {row.lock}", identity)
-            if (
-                row.owner is not None
-                and row.owner in open_sessions
-                and (row.owner, identity) not in hosted
+            named = getattr(record, "identity", None)
+            if named == violation.identity or (
+                named is None and type(record).__name__ in _OF_ALL
             ):
-                self._left("store", f"entry of {row.owner}, not hosted", identity)
-        live = {node.session for node in self.nodes.values()}
-        for session in sorted(contents.open_sessions):
-            if session not in live:
-                self._left("store", f"open session {session}", "")
-        for _, node in sorted(self.nodes.items()):
-            for what, of in node.waiting():
-                self._left(node.name, what, of)
+                lines.append((record.at_ns, _line_of(record)))
+        for frame in self.frames:
+            if (
+                since_ns <= frame.at_ns <= violation.at_ns
+                and violation.identity in frame.fields
+            ):
+                lines.append(
+                    (
+                        frame.at_ns,
+                        f"{frame.sender} -> {frame.receiver}  {frame.name} "
+                        f"{' '.join(map(str, frame.fields))}",
+                    )
+                )
+        lines.sort(key=lambda each: each[0])
+        for at_ns, line in lines[-_TOLD_MAX:]:
+            yield f"{at_ns / 1e9:14.6f}  {line}"
 
-    def _left(self, where: str, what: str, identity: str) -> None:
-        self.records.append(LeftBehind(self.world.now_ns, where, what, str(identity)))
+    def write(self, path: Path) -> None:
+        """Everything as JSON lines, in order of time.
 
-    def _judge(self) -> Result:
-        scenario, shared = self.scenario, self.shared
-        probes = sum(isinstance(each, Reached) for each in self.records)
-        self.records.append(
-            WorkDone(
-                self.world.now_ns,
-                scenario.requests + probes,
-                shared.network.frame_count,
-                shared.calls.operation_count,
-                0,
-            )
-        )
-        records = sorted(self.records, key=lambda each: each.at_ns)
-        bounds = Bounds(liveness_ns=round(3 * TTL_S * 1e9), grace_ns=9_000_000_000)
-        violations = observe(records, bounds)
-        violations += tuple(
-            Violation("bug", "", self.world.now_ns, f"{name}: {error!r}")
-            for name, error in self.world.bugs
-        )
-        digest = shared.network.digest().copy()
-        digest.update(msgpack.packb([(type(e).__name__, *e) for e in records]))
-        return Result(
-            seed=self.seed,
-            messages=shared.network.frame_count
-            + sum(
-                isinstance(each, Entered) and each.purpose == "handle"
-                for each in records
-            ),
-            answered=self.outcomes["answered"],
-            refused=self.outcomes["refused"] + self.outcomes["failed"],
-            unknown=self.outcomes["unknown"],
-            faults=dict(sorted(self.counts.items())),
-            violations=violations,
-            trace_hash=digest.hexdigest(),
-            episodes=len(self.episodes),
-        )
-
-    def close(self) -> None:
-        """Forget it all."""
-        for process in self.shared.processes:
-            process.clock.is_gone = True
+        Raises:
+            OSError: it cannot be written.
+        """
+        rows: list[tuple[int, dict[str, Any]]] = [
+            (each.at_ns, {"what": type(each).__name__, **each._asdict()})
+            for each in self.records
+        ]
+        rows += [
+            (each.at_ns, {"what": "Frame", **asdict(each)}) for each in self.frames
+        ]
+        rows.sort(key=lambda each: each[0])
+        with path.open("w", encoding="utf-8") as file:
+            for _, row in rows:
+                file.write(json.dumps(row, default=repr) + "\n")
 
 
-_MANY = 0.75
-_GRAIN_RATE = 0.08
-_GRAIN_TROUBLES = (
-    "activate",
-    "before",
-    "after",
-    "late",
-    "never",
-    "leave",
-    "passivate",
-)
+_OF_ALL = {"SessionChanged", "ProcessEnded", "Healed"}
 
 
-def _requests_in(snapshot: bytes | None) -> tuple[str, ...]:
-    if snapshot is None:
-        return ()
-    return tuple(msgspec.msgpack.decode(snapshot[_STATE_HEADER:])["requests"])
+def _names() -> dict[int, str]:
+    from messages.frames import FRAMES  # noqa: PLC0415  only where frames are told
+
+    names = {}
+    for frame in FRAMES:
+        tag = frame.__struct_config__.tag
+        assert isinstance(tag, int)
+        names[tag] = frame.__name__
+    return names
+
+
+_NAMES = _names()
+
+
+def _line_of(record: Record) -> str:
+    fields = record._asdict()
+    fields.pop("at_ns")
+    said = " ".join(f"{name}={value}" for name, value in fields.items() if value != "")
+    return f"{type(record).__name__} {said}"
+
+
+# --- fewer faults -------------------------------------------------------------
+
+
+def shrink(
+    seed: int,
+    scenario: Scenario,
+    *,
+    progress: Callable[[int, int], None] = lambda _tried, _left: None,
+) -> tuple[tuple[Episode, ...], Scenario]:
+    """A smaller schedule of faults, and fewer requests, that break the same rule.
+
+    Takes away episodes one after the other, as long as the rule stays broken
+    (delta debugging: Zeller and Hildebrandt, "Simplifying and Isolating
+    Failure-Inducing Input", TSE 2002, with the pieces one episode each).
+    """
+    trial = Trial(seed, scenario)
+    episodes = trial.episodes
+    result = trial.perform()
+    assert result.violations, "there is nothing to shrink"
+    rule = result.violations[0].rule
+    tried = 0
+
+    def breaks(some: tuple[Episode, ...], smaller: Scenario) -> bool:
+        nonlocal tried
+        tried += 1
+        found = Trial(seed, smaller, episodes=some).perform()
+        progress(tried, len(some))
+        return any(each.rule == rule for each in found.violations)
+
+    is_smaller = True
+    while is_smaller:
+        is_smaller = False
+        for episode in episodes:
+            rest = tuple(each for each in episodes if each is not episode)
+            if breaks(rest, scenario):
+                episodes, is_smaller = rest, True
+    while "drift" in scenario.faults or "drift-beyond" in scenario.faults:
+        calm = tuple(each for each in scenario.faults if "drift" not in each)
+        if not breaks(episodes, replace(scenario, faults=calm)):
+            break
+        scenario = replace(scenario, faults=calm)
+    return episodes, scenario

@@ -208,6 +208,8 @@ class Claims:
             tuple[Identity, Acquisition], dict[tuple[Address, int], None]
         ] = {}
         self._due: list[tuple[int, int, Identity]] = []
+        self._releasing: dict[tuple[Identity, Acquisition], int] = {}
+        self._release_due: list[tuple[int, int, Identity, Acquisition]] = []
 
     @property
     def running_count(self) -> int:
@@ -217,13 +219,16 @@ class Claims:
     def waiting(self) -> tuple[Identity, ...]:
         """What a procedure runs for, or a newer topology or release is awaited for."""
         ahead = (identity for identity, _, _ in self._ahead.values())
-        freeing = (identity for identity, _ in self._freeing)
-        return (*self._running, *ahead, *freeing)
+        releasing = (identity for identity, _ in self._releasing)
+        return (*self._running, *ahead, *releasing)
 
     @property
     def due_ns(self) -> int | None:
         """When `tick` is wanted next; none while nothing waits."""
         first = self._due[0][0] if self._due else None
+        if self._release_due:
+            due_ns = self._release_due[0][0]
+            first = due_ns if first is None else min(first, due_ns)
         for _, _, deadline_ns in self._ahead.values():
             first = deadline_ns if first is None else min(first, deadline_ns)
         return first
@@ -247,6 +252,10 @@ class Claims:
         effects: list[ClaimEffect] = []
         gone = frozenset(closed)
         is_same_session = session == self._session
+        if not is_same_session:
+            # The locks of a session fall free when it is closed.
+            self._releasing.clear()
+            self._release_due.clear()
         self._session, self._table = session, table
         self._why_not = why_not or self._why_not
         for identity, procedure in sorted(self._running.items()):
@@ -339,7 +348,7 @@ class Claims:
             # Nobody wants it any more: a lock taken late must not stay.
             if isinstance(outcome, LockHeld | LockRefused):
                 return ()
-            return (ReleaseLock(Release(request.identity, request.acquisition)),)
+            return self._release(request.identity, request.acquisition)
         if procedure.phase != "acquiring":
             return ()
         match outcome:
@@ -439,16 +448,25 @@ class Claims:
             )
         askers = self._freeing.setdefault((identity, holder), {})
         askers[(address, procedure_number)] = None
-        return (ReleaseLock(Release(identity, holder)),)
+        return self._release(identity, holder)
 
     def released(
-        self, request: Release, *, is_released: bool
+        self, request: Release, *, is_released: bool, now_ns: int
     ) -> tuple[ClaimEffect, ...]:
         """The store has answered a `ReleaseLock`; whoever asked for it hears so."""
-        askers = self._freeing.pop((request.identity, request.acquisition), {})
+        key = (request.identity, request.acquisition)
+        askers = self._freeing.pop(key, {})
         if not is_released:
-            # They ask again, and so shall we.
+            tried = self._releasing.get(key)
+            if tried is not None:
+                self._releasing[key] = tried + 1
+                at_ns = now_ns + _ASK_AGAIN.pause_ns(tried + 1)
+                heapq.heappush(
+                    self._release_due,
+                    (at_ns, request.acquisition.procedure, *key),
+                )
             return ()
+        self._releasing.pop(key, None)
         return tuple(
             TellHolderState(
                 address, request.identity, request.acquisition, number, "free"
@@ -518,6 +536,10 @@ class Claims:
                     Refusal("NotReady", f"the topology of epoch {epoch} is not known"),
                 )
             )
+        while self._release_due and self._release_due[0][0] <= now_ns:
+            _, _, identity, acquisition = heapq.heappop(self._release_due)
+            if (identity, acquisition) in self._releasing:
+                effects.append(ReleaseLock(Release(identity, acquisition)))
         while self._due and self._due[0][0] <= now_ns:
             due_ns, number, identity = heapq.heappop(self._due)
             procedure = self._numbered(identity, number)
@@ -584,7 +606,7 @@ class Claims:
             )
         if procedure.holder.session == self._session:
             # An earlier procedure of our own, whose release has not arrived.
-            return (ReleaseLock(Release(procedure.identity, procedure.holder)),)
+            return self._release(procedure.identity, procedure.holder)
         return (AskHolderSession(procedure.holder, procedure.identity, number),)
 
     def _start(self, procedure: _Procedure, now_ns: int) -> tuple[ClaimEffect, ...]:
@@ -652,7 +674,14 @@ class Claims:
         del self._running[procedure.identity]
         if not procedure.may_hold:
             return ()
-        return (ReleaseLock(Release(procedure.identity, procedure.acquisition)),)
+        return self._release(procedure.identity, procedure.acquisition)
+
+    def _release(
+        self, identity: Identity, acquisition: Acquisition
+    ) -> tuple[ClaimEffect, ...]:
+        """Free the lock; again and again, until the store has said that it is."""
+        self._releasing.setdefault((identity, acquisition), 0)
+        return (ReleaseLock(Release(identity, acquisition)),)
 
     def _refuse_all(
         self, procedure: _Procedure, refusal: Refusal

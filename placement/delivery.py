@@ -225,6 +225,12 @@ class Deliveries:
         message.bounces += 1
         if not self._is_running:
             return (FailMessage(message, Refusal("NotReady", self._why_not)),)
+        known = self.cache.peek(pid.identity)
+        if known is not None and known.fencing_token > pid.fencing_token:
+            # What was sent after it went to a newer activation already: sent on
+            # now, it would arrive out of order.
+            refusal = Refusal("NotHere", f"later messages went to {known} before it")
+            return (FailMessage(message, refusal),)
         if message.bounces > BOUNCES_MAX:
             refusal = Refusal("NotHere", f"sent {BOUNCES_MAX} times, never there")
             return (FailMessage(message, refusal),)

@@ -79,6 +79,15 @@ class StoreFailed(PlacementError):
     """The store refused or could not perform what the request needs."""
 
 
+class SaveFailed(StoreFailed):
+    """The handler ran, and the store refused what it saved.
+
+    A save of a later message may yet have stored what this one did.
+    """
+
+    may_have_happened: ClassVar[bool] = True
+
+
 class NotHere(PlacementError):
     """The addressed activation is not, or no longer, where it was sought."""
 
@@ -231,6 +240,7 @@ REASONS: dict[str, type[PlacementError]] = {
         ActivationFailed,
         StaleToken,
         StoreFailed,
+        SaveFailed,
         NotHere,
         Overloaded,
         Deadlock,

@@ -55,6 +55,11 @@ class PidCache:
         del self._pids[identity]
         return None
 
+    def peek(self, identity: Identity) -> Pid | None:
+        """The reference, however old."""
+        found = self._pids.get(identity)
+        return None if found is None else found[1]
+
     def put(self, pid: Pid, now_ns: int) -> None:
         """Keep `pid`, unless a reference with a greater token is known."""
         known = self._pids.pop(pid.identity, None)

@@ -395,9 +395,9 @@ def test_who_asks_for_a_lock_of_ours_hears_running_free_or_not_mine() -> None:
     assert only(state(Acquisition(B, 1)), TellHolderState).state == "not_mine"
     forgotten = Acquisition(A, 50)
     release = only(state(forgotten), ReleaseLock).request
-    assert made.released(release, is_released=False) == ()
+    assert made.released(release, is_released=False, now_ns=0) == ()
     state(forgotten)
-    freed = only(made.released(release, is_released=True), TellHolderState)
+    freed = only(made.released(release, is_released=True, now_ns=0), TellHolderState)
     assert (freed.state, freed.address, freed.procedure) == ("free", other, 4)
 
 
