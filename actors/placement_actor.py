@@ -408,7 +408,7 @@ class PlacementActor(DispatchedActor):
                 case CloseSession(session, count):
                     self._ask_sessions(effect, partial(own.closed, session, count))
                 case WriteMembers():
-                    self._ask_sessions(effect, self._members_written)
+                    self._ask_sessions(effect, partial(self._members_written, effect))
                 case SendEcho(nonce):
                     self._send_echo(LoopBack(nonce))
                 case SessionBegan(session, guard):
@@ -429,9 +429,16 @@ class PlacementActor(DispatchedActor):
     def _viewed(self, outcome: Any, now_ns: int) -> Iterable[SessionEffect]:
         return self._machine.viewed(outcome, now_ns)
 
-    def _members_written(self, outcome: Any, now_ns: int) -> Iterable[SessionEffect]:
+    def _members_written(
+        self, request: WriteMembers, outcome: Any, now_ns: int
+    ) -> Iterable[SessionEffect]:
         effects = self._own.members_written(outcome, now_ns)
-        if isinstance(outcome, Topology):
+        is_ours = (
+            isinstance(outcome, Topology)
+            and outcome.epoch == request.expected_epoch + 1
+            and outcome.members == request.members
+        )
+        if is_ours:
             # Let the others read it at once, rather than at their next renewal.
             for address in sorted({m.address for m in self._own.topology.members}):
                 self._send(address, TopologyHint(outcome.epoch))

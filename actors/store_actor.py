@@ -88,6 +88,20 @@ class Turnstile:
                 self._changed.notify_all()
 
 
+def _grouped(urgent: list[Perform]) -> list[tuple[SessionRequest, list[Perform]]]:
+    """Each request once, whoever asked and however often; renewals first.
+
+    Without this a store that answers slowly would be asked the same faster than
+    it answers, and a renewal would wait behind all that.
+    """
+    groups: dict[Any, list[Perform]] = {}
+    for perform in urgent:
+        groups.setdefault(perform.request, []).append(perform)
+    return sorted(
+        groups.items(), key=lambda each: not isinstance(each[0], RenewSession)
+    )
+
+
 @dataclass(slots=True, eq=False)
 class _Step:
     """One request to the store, and whom its outcome is for."""
@@ -143,12 +157,13 @@ class StoreActor(DispatchedActor):
                 entries.append(message)
             else:
                 urgent.append(message)
-        if urgent:
+        for request, asked in _grouped(urgent):
             with self._turnstile.urgent():
-                done += (
-                    (message, self._perform_session(message.request))
-                    for message in urgent
-                )
+                outcome = self._perform_session(request)
+            self.request_count += len(asked)
+            # At once: a renewal's answer waits for nothing else.
+            for perform in asked:
+                perform.to.post(_reply, [(perform, outcome)])
         if entries:
             steps = _steps(entries)
             with self._turnstile.patient():
