@@ -244,6 +244,7 @@ class GrainActivation:
         guard: Guard,
         kind: Kind,
         host: Host,
+        chain: tuple[str, ...] = (),
     ) -> None:
         self.pid = pid
         # The session's guard is that of all its activations: one that fails shuts
@@ -252,6 +253,7 @@ class GrainActivation:
         self.kind = kind
         self._host = host
         self._record = record
+        self._start_chain = chain
         self._mailbox: deque[Mail | _TimerMail] = deque()
         self._is_scheduled = False
         self._state = "starting"
@@ -611,7 +613,8 @@ class GrainActivation:
         self._end_timers()
         self._host.seal(self)
         why = text_of(f"{self.pid.identity}: {': '.join(describe(error))}")
-        self._tell_end(Refusal("ActivationFailed", why))
+        is_deadlock = isinstance(error, Deadlock)
+        self._tell_end(Refusal("Deadlock" if is_deadlock else "ActivationFailed", why))
         self._over()
         try:
             log.error(
@@ -817,8 +820,7 @@ class GrainActivation:
         """Ask another identity; the future is for this activation to await."""
         future = Future()
         future.owner = self
-        mail = None if self._turn is None else self._turn.mail
-        chain = (*(() if mail is None else mail.chain), str(self.pid.identity))
+        chain = (*self._chain(), str(self.pid.identity))
         if self._state == "ended":
             future.set_error(NotReady(f"{self.pid.identity} has ended"))
         elif identity in chain:
@@ -837,6 +839,13 @@ class GrainActivation:
                 future.set_error,
             )
         return future
+
+    def _chain(self) -> tuple[str, ...]:
+        """Who waits for the turn under way, each for the next."""
+        if self._turn is not None and self._turn.mail is not None:
+            return self._turn.mail.chain
+        # Whoever waits for the activation waits for its first hook.
+        return self._start_chain if self._state == "starting" else ()
 
     def tell(self, identity: Identity, payload: Any, *, request_id: str) -> None:
         """Tell another identity."""

@@ -4,13 +4,14 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Self
 
 from actors.engine import EmbeddedEngine, Engine, Settings, StoreInUse
-from actors.event_stream import EventStream, StartReader, Subscription
+from actors.event_stream import CANCEL_S, EventStream, StartReader, Subscription
 from actors.kind import Kind
 from actors.node import STOP_S, PlacementNode, Snapshot, Witness, check_name
-from actors.reference import Verbs
+from actors.reference import TIMEOUT_MAX_S, Verbs
 from placement.contracts import Store
 from placement.errors import NotReady
 from placement.event import Event
@@ -61,10 +62,16 @@ class ClusterEvents:
             for subscription in self._subscriptions:
                 stream.add(subscription)
 
-    def close(self) -> None:
-        """Deliver what waits, and end."""
+    def discard(self, stream: EventStream) -> None:
+        """A node is gone, with all that it had to say."""
+        with self._lock:
+            if stream in self._streams:
+                self._streams.remove(stream)
+
+    def close(self, left_s: Callable[[], float] = lambda: CANCEL_S) -> None:
+        """Deliver what waits, within the time that is left, and end."""
         for subscription in tuple(self._subscriptions):
-            subscription.cancel()
+            subscription.cancel(timeout_s=min(CANCEL_S, left_s()))
 
     def _remove(self, subscription: Subscription) -> None:
         with self._lock:
@@ -94,6 +101,9 @@ class Cluster(Verbs):
         self._witness = witness
         self._lock = threading.RLock()
         self._nodes: dict[str, PlacementNode] = {}
+        self._starting: dict[str, PlacementNode] = {}
+        self._changed = engine.condition()
+        self._is_over = False
         self._is_stopped = False
         self.events = ClusterEvents(engine.start_reader)
         self._entry = PlacementNode(
@@ -189,7 +199,7 @@ class Cluster(Verbs):
         with self._lock:
             if self._is_stopped:
                 raise NotReady("the cluster has stopped")
-            if name in self._nodes or name == _ENTRY:
+            if name in self._nodes or name in self._starting or name == _ENTRY:
                 raise ValueError(f"there is a node {name!r} already")
             node = PlacementNode(
                 name,
@@ -199,16 +209,28 @@ class Cluster(Verbs):
                 weight=weight,
                 witness=self._witness,
             )
-            self.events.add(node.events)
-            try:
-                node.start_member()
-            except BaseException:
-                node.kill()
-                raise
-            self._nodes[name] = node
+            self._starting[name] = node
+        # Not under the lock: a start takes as long as the store does.
+        self.events.add(node.events)
+        try:
+            node.start_member()
+            self._take_in(name, node)
+        except BaseException:
+            node.kill()
+            self.events.discard(node.events)
+            raise
+        finally:
+            with self._lock:
+                del self._starting[name]
         if self._entry.state == "client":
             self._settle()
         return node
+
+    def _take_in(self, name: str, node: PlacementNode) -> None:
+        with self._lock:
+            if self._is_stopped:
+                raise NotReady("the cluster has stopped")
+            self._nodes[name] = node
 
     def remove_node(self, name: str, *, timeout: float = STOP_S) -> None:
         """Have a node leave: its activations end in good order, others take over.
@@ -220,6 +242,7 @@ class Cluster(Verbs):
             node = self._nodes.pop(name)
         session = node.session
         node.stop(timeout=timeout)
+        self.events.discard(node.events)
         if session is not None:
             # Let no later resolution find it in what the entry remembers.
             self._entry._need_topology(0)  # noqa: SLF001
@@ -236,6 +259,7 @@ class Cluster(Verbs):
         with self._lock:
             node = self._nodes.pop(name)
         node.kill()
+        self.events.discard(node.events)
 
     def _settle(self) -> None:
         """Wait until every node knows all that run."""
@@ -263,20 +287,34 @@ class Cluster(Verbs):
             epoch=entry.epoch,
             members=tuple(member.node for member in entry.members),
             partitions=entry.partitions,
-            activations={name: len(each.activations) for name, each in nodes.items()},
+            activations=MappingProxyType(
+                {name: len(each.activations) for name, each in nodes.items()}
+            ),
             stuck=tuple(str(i) for each in nodes.values() for i in each.stuck),
-            nodes=nodes,
+            nodes=MappingProxyType(nodes),
             observed_at_ms=entry.observed_at_ms,
         )
 
     def stop(self, *, timeout: float = STOP_S) -> None:
-        """Stop all nodes in good order, and free what they held."""
+        """Stop all nodes in good order, and free what they held, within the time.
+
+        A second call waits, as long, until the first is done.
+        """
+        clock = self._engine.clock
+        seconds = max(0.0, min(timeout, TIMEOUT_MAX_S))
+        until_ns = clock.now_ns() + round(seconds * 1e9)
+
+        def left_s() -> float:
+            return max(0.0, (until_ns - clock.now_ns()) / 1e9)
+
         with self._lock:
-            if self._is_stopped:
-                return
-            self._is_stopped = True
-            nodes = list(self._nodes.values())
+            is_second, self._is_stopped = self._is_stopped, True
+            nodes = [*self._nodes.values(), *self._starting.values()]
             self._nodes.clear()
+        if is_second:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_over, left_s())
+            return
         threads = [
             threading.Thread(target=node.stop, kwargs={"timeout": timeout}, daemon=True)
             for node in nodes
@@ -285,9 +323,12 @@ class Cluster(Verbs):
             thread.start()
         for thread in threads:
             thread.join()
-        self._entry.stop(timeout=timeout)
-        self.events.close()
+        self._entry.stop(timeout=left_s())
+        self.events.close(left_s)
         self._engine.close()
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
 
     def _kind_of(self, actor_class: type) -> str:
         return self._entry._kind_of(actor_class)  # noqa: SLF001

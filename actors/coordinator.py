@@ -27,10 +27,8 @@ from placement.claim import (
     AnswerPid,
     AskHolderSession,
     AskOwnerSession,
-    ChooseHost,
     ClaimEffect,
     Claims,
-    FindHere,
     NeedTopology,
     RedirectTo,
     Refuse,
@@ -85,8 +83,7 @@ class PartitionCoordinator(DispatchedActor):
         self,
         *,
         dispatcher: Dispatcher,
-        choose_host: ChooseHost,
-        find_here: FindHere,
+        claims: Claims,
         entries: pykka.ActorRef[Any],
         send: Callable[[Address, Frame], bool],
         need_topology: Callable[[int], None],
@@ -95,7 +92,7 @@ class PartitionCoordinator(DispatchedActor):
         on_bug: Callable[[BaseException], None],
     ) -> None:
         super().__init__(dispatcher=dispatcher, on_bug=on_bug)
-        self._claims = Claims(choose_host=choose_host, find_here=find_here)
+        self._claims = claims
         self._entries = entries
         self._send = send
         self._need_topology = need_topology
@@ -126,9 +123,9 @@ class PartitionCoordinator(DispatchedActor):
     ) -> tuple[ClaimEffect, ...]:
         claims = self._claims
         match body:
-            case Resolve(request, identity, epoch, remaining_ms):
+            case Resolve(request, identity, epoch, remaining_ms, chain):
                 return claims.request(
-                    Requester(sender, request),
+                    Requester(sender, request, chain),
                     Identity.parse(identity),
                     epoch=epoch,
                     deadline_ns=now_ns + remaining_ms * 1_000_000,
@@ -218,7 +215,9 @@ class PartitionCoordinator(DispatchedActor):
                             identity, holder.session, holder.procedure, procedure, state
                         ),
                     )
-                case StartAt(host, identity, acquisition, revision, epoch, remaining):
+                case StartAt(
+                    host, identity, acquisition, revision, epoch, remaining, chain
+                ):
                     self._send(
                         address_of(host),
                         Start(
@@ -229,6 +228,7 @@ class PartitionCoordinator(DispatchedActor):
                             revision,
                             epoch,
                             remaining // 1_000_000,
+                            chain,
                         ),
                     )
                 case AnswerPid(to, pid):

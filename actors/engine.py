@@ -61,7 +61,9 @@ class Settings:
         for name in ("ttl", "ask_timeout", "cache_ttl"):
             seconds = getattr(self, name)
             if not 0.01 <= seconds <= _YEAR_S:  # noqa: PLR2004
-                raise ValueError(f"{name} must be 0.01 s to a year, not {seconds}")
+                raise ValueError(
+                    f"{name} must be at least 0.01 s and at most a year, not {seconds}"
+                )
         if not 0 <= self.margin_s < self.ttl:
             raise ValueError(f"margin must be 0 to ttl, not {self.margin}")
         if not 0 < self.renew_every_s < self.ttl - self.margin_s:
@@ -251,9 +253,9 @@ class EmbeddedEngine:
             self._table = self._table.adopt(topology)
         return self._table
 
-    def close(self) -> None:
+    def close(self, *, timeout_s: float | None = None) -> None:
         """Free threads and connections, within a time: a store may hang."""
-        until_s = time.monotonic() + _STOP_S
+        until_s = time.monotonic() + (_STOP_S if timeout_s is None else timeout_s)
 
         def left_s() -> float:
             return max(0.0, until_s - time.monotonic())

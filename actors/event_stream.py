@@ -11,6 +11,7 @@ from actors.log import log
 from placement.event import Event, EventsLost, Happened, event_of
 
 WAITING_MAX = 10_000
+CANCEL_S = 5.0
 
 
 class _Reader(pykka.ThreadingActor):
@@ -122,7 +123,7 @@ class Subscription:
             self._is_awake = False
             return None
 
-    def cancel(self, *, timeout_s: float = 5.0) -> None:
+    def cancel(self, *, timeout_s: float = CANCEL_S) -> None:
         """Subscribe no more; what waits is delivered first, within the time."""
         self.leave(self)
         with self._lock:
@@ -190,8 +191,8 @@ class EventStream:
             if subscription in self._subscriptions:
                 self._subscriptions.remove(subscription)
 
-    def close(self) -> None:
-        """Deliver what waits, and end the subscriptions."""
+    def close(self, left_s: Callable[[], float] = lambda: CANCEL_S) -> None:
+        """Deliver what waits, within the time that is left; end the subscriptions."""
         for subscription in tuple(self._subscriptions):
             if subscription.leave == self.remove:
-                subscription.cancel()
+                subscription.cancel(timeout_s=min(CANCEL_S, left_s()))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 import pykka
@@ -52,6 +53,7 @@ from messages.frames import (
     Started,
     StartRefused,
 )
+from placement.claim import Claims
 from placement.contracts import Failed, Save, Saved, Stale
 from placement.delivery import Deliveries
 from placement.entry import ActivationRecord, Pid
@@ -72,7 +74,7 @@ from placement.partition import PartitionTable
 from placement.pidcache import PidCache, PlacementResolution
 from placement.registry import VirtualActorRegistry
 from placement.session import Observer, OwnSession
-from placement.topology import Member, SessionId, Topology
+from placement.topology import Member, SessionId, Topology, address_of
 
 STOP_S = 10.0
 START_S = 30.0
@@ -308,6 +310,18 @@ class PlacementNode(Verbs):
         ValueError: a setting makes no sense.
     """
 
+    #: What it is made of. A simulation puts variants in the place of these.
+    hosting_type: type[Hosting] = Hosting
+    claims_type: type[Claims] = Claims
+    session_type: type[OwnSession] = OwnSession
+    deliveries_type: type[Deliveries] = Deliveries
+    cache_type: type[PidCache] = PidCache
+    outbox_type: type[Outbox] = Outbox
+    postbox_type: type[Postbox] = Postbox
+    coordinator_type: type[PartitionCoordinator] = PartitionCoordinator
+    placement_type: type[PlacementActor] = PlacementActor
+    activation_type: type[GrainActivation] = GrainActivation
+
     def __init__(
         self,
         name: str,
@@ -341,6 +355,8 @@ class PlacementNode(Verbs):
         self._session: SessionId | None = None
         self._table: PartitionTable | None = None
         self._has_left = False
+        self._is_ending = False
+        self._is_over = False
         self._stuck_since_ns = 0
         self._why_not = "the node has not started"
         clock = self._engine.clock
@@ -348,7 +364,7 @@ class PlacementNode(Verbs):
         self.address = self._engine.address(name)
         self._grains = self._engine.dispatcher(f"grains-{name}")
         self._registry: VirtualActorRegistry[Activation] = VirtualActorRegistry()
-        self._postbox = Postbox(
+        self._postbox = self.postbox_type(
             cluster=settings.cluster,
             address=self.address,
             transport=self._engine.transport,
@@ -356,11 +372,11 @@ class PlacementNode(Verbs):
             handle=self._frame,
             publish=self._publish,
         )
-        self._outbox = Outbox(
+        self._outbox = self.outbox_type(
             own=self.address,
             dispatcher=self._engine.system,
-            deliveries=Deliveries(
-                PidCache(
+            deliveries=self.deliveries_type(
+                self.cache_type(
                     ttl_ns=round(settings.cache_ttl * 1e9), size_max=settings.cache_size
                 )
             ),
@@ -372,11 +388,13 @@ class PlacementNode(Verbs):
         )
         self._sender = _NodeSender(self._outbox, self._engine.future)
         self._host = _NodeHost(self)
-        hosting = Hosting(kinds=frozenset(self._kinds))
-        self._coordinator: pykka.ActorRef[Any] = PartitionCoordinator.start(
+        self._hosting = hosting = self.hosting_type(kinds=frozenset(self._kinds))
+        self._claims = self.claims_type(
+            choose_host=self._choose_host, find_here=hosting.serving
+        )
+        self._coordinator: pykka.ActorRef[Any] = self.coordinator_type.start(
             dispatcher=self._engine.system,
-            choose_host=self._choose_host,
-            find_here=hosting.serving,
+            claims=self._claims,
             entries=self._engine.entries,
             send=self._postbox.send,
             need_topology=self._need_topology,
@@ -385,9 +403,9 @@ class PlacementNode(Verbs):
             on_bug=self._break,
         )
         renew_ns = round(settings.renew_every_s * 1e9)
-        self._placement: pykka.ActorRef[Any] = PlacementActor.start(
+        self._placement: pykka.ActorRef[Any] = self.placement_type.start(
             dispatcher=self._engine.system,
-            own=OwnSession(
+            own=self.session_type(
                 self.address,
                 kinds=self._kinds,
                 weight=weight,
@@ -433,7 +451,7 @@ class PlacementNode(Verbs):
             StoreInUse: another process lives in the store of this node's own.
         """
         self.begin_member(timeout=timeout)
-        self.wait_for(lambda: self._is_in(self._session), timeout)
+        self._await_start(lambda: self._is_in(self._session), "member", timeout)
 
     def begin_member(self, *, timeout: float = START_S) -> None:
         """Begin to start as a member, without waiting until it is one.
@@ -452,8 +470,7 @@ class PlacementNode(Verbs):
             StoreInUse: another process lives in the store of this node's own.
         """
         self._start(BeginClient(), timeout)
-        self.wait_for(lambda: self._table is not None, timeout)
-        self._state = "client"
+        self._await_start(lambda: self._table is not None, "client", timeout)
 
     def _start(self, message: Any, timeout: float) -> None:
         if self._state != "new":
@@ -465,6 +482,24 @@ class PlacementNode(Verbs):
         self._outbox.open()
         self._tell_placement(message)
 
+    def begin_client(self, *, timeout: float = START_S) -> None:
+        """Begin to start as a client, without waiting until members are known.
+
+        Raises:
+            NotReady: it was started before.
+        """
+        self._start(BeginClient(), timeout)
+
+    def _await_start(
+        self, fact: Callable[[], bool], state: str, timeout: float
+    ) -> None:
+        self.wait_for(lambda: self._is_ending or self.is_dead or fact(), timeout)
+        with self._changed:
+            if self._is_ending or self.is_dead:
+                raise NotReady(f"{self.name} was ended before it had started")
+            if self._state == "starting":
+                self._state = state
+
     def begin_stop(self) -> None:
         """Begin to stop: `has_left` says when it has left in good order."""
         self._state = "stopping"
@@ -474,6 +509,26 @@ class PlacementNode(Verbs):
     def has_left(self) -> bool:
         """Whether nothing of it is held any more, after `begin_stop`."""
         return self._has_left
+
+    def leave_wire(self) -> None:
+        """Be sent nothing more; what has arrived already is handled."""
+        self._postbox.leave()
+
+    def hosted(self) -> tuple[Pid, ...]:
+        """What it has claimed and not given up, whatever goes on with it."""
+        return tuple(pid for _, _, pid in self._hosting.states() if pid is not None)
+
+    def waiting(self) -> tuple[tuple[str, Identity], ...]:
+        """What is under way here: where nothing is asked for it comes to an end."""
+        return (
+            *(
+                (state, identity)
+                for identity, state, _ in self._hosting.states()
+                if state != "active"
+            ),
+            *(("claim", each) for each in self._claims.waiting()),
+            *(("message", each) for each in self._outbox.waiting()),
+        )
 
     def wait_for(self, fact: Callable[[], bool], timeout: float) -> None:
         """Wait until `fact` holds of what this node knows of the cluster.
@@ -492,48 +547,98 @@ class PlacementNode(Verbs):
     def drain(self) -> None:
         """Own no partitions, start nothing new and end what runs; stay a member."""
         self._state = "draining"
+        self._publish(Happened(kind="placement", name="Draining"))
         self._tell_placement(Drain(f"{self.name} is draining"))
 
     def stop(self, *, timeout: float = STOP_S) -> None:
-        """Passivate, give back, leave; bounded by `timeout` seconds, then as killed."""
-        if self._state in {"stopped", "killed"}:
+        """Passivate, give back, leave; bounded by `timeout` seconds, then as killed.
+
+        A second call waits, as long, until the first is done.
+
+        Raises:
+            BlockingInGrain: a Grain asks for it, whose own turn it would wait for.
+        """
+        self._sender.may_block()
+        if not self._begins_to_end(timeout):
             return
+        until_ns = self._until_ns(timeout)
         if self.is_dead:
-            self.kill()
+            self._end_killed(until_ns)
             return
         was_started = self._state != "new"
         if was_started:
-            self.begin_stop()
-            with self._changed:
-                is_clean = self._changed.wait_for(lambda: self._has_left, timeout)
-            if not is_clean:
-                self._publish(Happened(kind="placement", name="StopTimedOut"))
-                self._die()
-            # What has arrived already bounces; nothing else arrives.
-            self._postbox.leave()
-            handled = self._engine.future()
-            self._postbox.handled(handled)
-            with suppress(OutcomeUnknown):
-                handled.get(timeout=timeout)
-        self._state = "stopped"
-        self._why_not = f"{self.name} has stopped"
-        self._close()
+            self._leave(until_ns)
+        self._state, self._why_not = "stopped", f"{self.name} has stopped"
+        self._close(until_ns)
 
-    def kill(self) -> None:
-        """End as a crash would: no goodbye, no release, nothing more is sent."""
+    def kill(self, *, timeout: float = STOP_S) -> None:
+        """End as a crash would: no goodbye, no release, nothing more is sent.
+
+        Threads are waited for, at most `timeout` seconds in all. A stop that is
+        under way is cut short.
+        """
         if self._state in {"stopped", "killed"}:
             return
-        self._die()
-        self._state, self._why_not = "killed", f"{self.name} was killed"
-        self._close()
+        self._silence()
+        if self._begins_to_end(timeout):
+            self._end_killed(self._until_ns(timeout))
 
-    def _die(self) -> None:
+    def _begins_to_end(self, timeout: float) -> bool:
+        """Whether this call ends the node; where another does, wait for that."""
+        with self._changed:
+            if not self._is_ending:
+                self._is_ending = True
+                self._changed.notify_all()
+                return True
+            if not (self._engine.system.is_current() or self._grains.is_current()):
+                limit = max(0.0, min(timeout, TIMEOUT_MAX_S))
+                self._changed.wait_for(lambda: self._is_over, limit)
+            return False
+
+    def _until_ns(self, timeout: float) -> int:
+        seconds = max(0.0, min(timeout, TIMEOUT_MAX_S))
+        return self._engine.clock.now_ns() + round(seconds * 1e9)
+
+    def _left_s(self, until_ns: int) -> float:
+        return max(0.0, (until_ns - self._engine.clock.now_ns()) / 1e9)
+
+    def _leave(self, until_ns: int) -> None:
+        """End the session in good order, if there is time."""
+        self.begin_stop()
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._has_left or self.is_dead, self._left_s(until_ns)
+            )
+        if not self._has_left:
+            self._publish(Happened(kind="placement", name="StopTimedOut"))
+            self._die(until_ns)
+        # What has arrived already bounces; nothing else arrives.
+        self._postbox.leave()
+        if self._engine.system.is_current():
+            return
+        handled = self._engine.future()
+        self._postbox.handled(handled)
+        with suppress(OutcomeUnknown):
+            handled.get(timeout=self._left_s(until_ns))
+
+    def _end_killed(self, until_ns: int) -> None:
+        self._die(until_ns)
+        self._state, self._why_not = "killed", f"{self.name} was killed"
+        self._close(until_ns)
+
+    def _silence(self) -> None:
+        """From now on nothing leaves, and no user code is entered. Waits for nobody."""
         self.is_dead = True
         self._postbox.kill()
         for guard in tuple(self._guards.values()):
             guard.shut()
         self._grains.kill()
-        self._grains.stop(STOP_S)
+        with self._changed:
+            self._changed.notify_all()
+
+    def _die(self, until_ns: int) -> None:
+        self._silence()
+        self._grains.stop(self._left_s(until_ns))
         if self._witness is not None:
             self._witness.killed(self.name)
 
@@ -551,30 +656,29 @@ class PlacementNode(Verbs):
                 reason=f"a bug: {type(error).__name__}: {error}",
             )
         )
-        self.is_dead = True
         self._state, self._why_not = "broken", f"{self.name} is broken by a bug"
-        self._postbox.kill()
-        for guard in tuple(self._guards.values()):
-            guard.shut()
-        self._grains.kill()
+        self._silence()
         self._outbox.close(self._why_not)
         if self._witness is not None:
             self._witness.killed(self.name)
         self._engine.bug(error)
 
-    def _close(self) -> None:
+    def _close(self, until_ns: int) -> None:
         self._outbox.close(self._why_not)
         self._postbox.close()
         # Told, not waited for: the system dispatcher outlives the node.
         self._coordinator.stop(block=False)
         self._placement.stop(block=False)
-        self._grains.stop(STOP_S)
+        self._grains.stop(self._left_s(until_ns))
         for each in self._registry.all():
             each.activation.abandon()
         self._publish(Happened(kind="placement", name="Stopped"))
-        self.events.close()
+        self.events.close(lambda: self._left_s(until_ns))
         if self._own_engine is not None:
-            self._own_engine.close()
+            self._own_engine.close(timeout_s=self._left_s(until_ns))
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()
 
     # --- verbs ---------------------------------------------------------------
 
@@ -656,7 +760,7 @@ class PlacementNode(Verbs):
             state=self._state,
             epoch=self.epoch,
             members=() if table is None else table.topology.members,
-            partitions={str(each): count for each, count in counts.items()},
+            partitions=MappingProxyType({str(s): count for s, count in counts.items()}),
             activations=tuple(
                 ActivationSnapshot(
                     identity=each.pid.identity,
@@ -807,20 +911,28 @@ class PlacementNode(Verbs):
     # --- what the placement actor tells (system dispatcher) -------------------
 
     def make(
-        self, pid: Pid, record: ActivationRecord, guard: Guard
+        self,
+        pid: Pid,
+        record: ActivationRecord,
+        guard: Guard,
+        chain: tuple[str, ...],
     ) -> tuple[Activation, float | None]:
         """An activation of `pid`, not started, and when it counts as idle."""
         kind = self._kinds[pid.identity.kind]
         activation_class: Any = (
-            GrainActivation if kind.is_threaded is False else ThreadedActivation
+            self.activation_type if kind.is_threaded is False else ThreadedActivation
         )
-        made = activation_class(pid, record, guard=guard, kind=kind, host=self._host)
+        made = activation_class(
+            pid, record, guard=guard, kind=kind, host=self._host, chain=chain
+        )
         return made, kind.idle_after
 
     def session_changed(
         self, session: SessionId | None, why: str, guard: Guard | None = None
     ) -> None:
         """The session began, or is over."""
+        # That of a session that is over has been shut, for good.
+        self._guards.clear()
         if session is not None and guard is not None:
             self._guards[session] = guard
         with self._changed:
@@ -848,6 +960,10 @@ class PlacementNode(Verbs):
                     reason=f"{len(topology.members)} members",
                 )
             )
+        addresses = {member.address for member in topology.members}
+        for over in closed:
+            if address_of(over) not in addresses:
+                self._postbox.forget(address_of(over))
         self._outbox.adopt(table, closed)
         self._tell(
             self._coordinator,

@@ -106,6 +106,12 @@ class Outbox:
         self._effects: deque[DeliveryEffect] = deque()
         self._is_performing = False
 
+    def waiting(self) -> tuple[Identity, ...]:
+        """The identities for which a message is held or an answer awaited."""
+        with self.lock:
+            asked = (each.message.identity for each in tuple(self._asked.values()))
+            return (*self._deliveries.held(), *asked)
+
     # --- the node ---
 
     def open(self) -> None:
@@ -164,7 +170,7 @@ class Outbox:
         with self.lock:
             self._last_number += 1
             number = self._last_number
-            message = Outgoing(number, identity, deadline_ns, mail)
+            message = Outgoing(number, identity, deadline_ns, mail, chain)
             mail.number, mail.carried = number, message
             if future is not None:
                 self._asked[number] = _Asked(future, message)
@@ -234,11 +240,11 @@ class Outbox:
         match effect:
             case Transmit(pid, message):
                 self._effects.extend(self._transmit(pid, message, self._now_ns()))
-            case ResolvePid(request, identity, owner, epoch, remaining_ns):
+            case ResolvePid(request, identity, owner, epoch, remaining_ns, chain):
                 # Undeliverable ones are asked again at the next look.
                 self._send_frame(
                     address_of(owner),
-                    Resolve(request, identity, epoch, remaining_ns // 1_000_000),
+                    Resolve(request, identity, epoch, remaining_ns // 1_000_000, chain),
                 )
             case SendMark(pid, mark):
                 sent = self._send_frame(
@@ -382,7 +388,9 @@ class Outbox:
                 mail = Mail(
                     frame.payload, frame.request_id, frame.chain, 0, False, self
                 )
-                message = Outgoing(self._last_number, identity, deadline_ns, mail)
+                message = Outgoing(
+                    self._last_number, identity, deadline_ns, mail, frame.chain
+                )
                 mail.number, mail.carried = message.number, message
                 # The mark goes to the incarnation; its session's number is not
                 # needed for that.

@@ -137,9 +137,16 @@ class Surroundings(Protocol):
     """What the actor tells its node. Called in turns of the system dispatcher."""
 
     def make(
-        self, pid: Pid, record: ActivationRecord, guard: Guard
+        self,
+        pid: Pid,
+        record: ActivationRecord,
+        guard: Guard,
+        chain: tuple[str, ...],
     ) -> tuple[Activation, float | None]:
-        """Make an activation, not started; and seconds until it counts as idle."""
+        """Make an activation, not started; and seconds until it counts as idle.
+
+        `chain` are the identities that wait for it.
+        """
 
     def adopted(self, topology: Topology, closed: tuple[SessionId, ...]) -> None:
         """The members have changed."""
@@ -242,13 +249,14 @@ class PlacementActor(DispatchedActor):
 
     def _frame(self, sender: Address, body: Frame, now_ns: int) -> None:
         match body:
-            case Start(identity, procedure, coordinator, host, revision):
+            case Start(identity, procedure, coordinator, host, revision, _, _, chain):
                 self._host(
                     self._hosting.start(
                         Identity.parse(identity),
                         acquisition=Acquisition(SessionId(coordinator), procedure),
                         host=SessionId(host),
                         expected_revision=revision,
+                        chain=chain,
                     )
                 )
             case AskOwner(identity, session, token, procedure):
@@ -332,8 +340,8 @@ class PlacementActor(DispatchedActor):
                     self._entries.tell(
                         Perform(give_up, self._given_up, self.dispatcher)
                     )
-                case StartActivation(pid, record):
-                    self._start(pid, record)
+                case StartActivation():
+                    self._start(effect)
                 case StopActivation(pid, lapsed):
                     found = self._registry.find(pid.identity)
                     if found is not None and found.pid == pid:
@@ -361,8 +369,11 @@ class PlacementActor(DispatchedActor):
                 case Happened():
                     self._publish(effect)
 
-    def _start(self, pid: Pid, record: ActivationRecord) -> None:
-        activation, idle_after = self._node.make(pid, record, self._guards[pid.session])
+    def _start(self, start: StartActivation) -> None:
+        pid = start.pid
+        activation, idle_after = self._node.make(
+            pid, start.record, self._guards[pid.session], start.chain
+        )
         self._registry.add(
             pid,
             activation,
@@ -407,6 +418,7 @@ class PlacementActor(DispatchedActor):
                 case SessionLapsed(session, why):
                     self._node.session_changed(None, why)
                     self._host(self._hosting.lapse(session, why))
+                    self._guards.pop(session, None)
                 case SessionEnded():
                     self._node.session_ended()
                 case TopologyAdopted(topology, closed):

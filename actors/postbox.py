@@ -14,6 +14,8 @@ from placement.errors import BadMessage
 from placement.event import Happened
 from placement.topology import Address
 
+DEPARTED_MAX = 1_024
+
 
 class Postbox:
     """Sends and receives the frames of one incarnation of a node.
@@ -39,10 +41,12 @@ class Postbox:
         self._dispatcher = dispatcher
         self._handle = handle
         self._publish = publish
-        # One lock for numbering and sending, so that numbers leave in order.
+        # One lock for numbering and sending, so that numbers leave in order. One
+        # number for all receivers: none has to be remembered.
         self._lock = threading.Lock()
-        self._last_sent: dict[Address, int] = {}
+        self._last_sent = 0
         self._last_seen: dict[str, int] = {}
+        self._departed: dict[str, None] = {}
         self._is_open = False
 
     def open(self) -> None:
@@ -84,8 +88,7 @@ class Postbox:
             self._dispatcher.post(self._handle_own, body)
             return True
         with self._lock:
-            number = self._last_sent.get(to, 0) + 1
-            self._last_sent[to] = number
+            number = self._last_sent = self._last_sent + 1
             try:
                 data = self._codec.encode(self._address, to, number, body)
             except BadMessage as error:
@@ -110,8 +113,7 @@ class Postbox:
         """Send to itself the whole way: encoded, through the transport."""
         with self._lock:
             to = self._address
-            number = self._last_sent.get(to, 0) + 1
-            self._last_sent[to] = number
+            number = self._last_sent = self._last_sent + 1
             data = self._codec.encode(to, to, number, body)
             self._hand_over(to, data)
 
@@ -130,9 +132,17 @@ class Postbox:
             return True  # it may have been received
 
     def forget(self, address: Address) -> None:
-        """That incarnation has ended: nothing comes from it any more."""
-        self._last_sent.pop(address, None)
-        self._last_seen.pop(address, None)
+        """That incarnation's sessions are over: keep little of it. A system turn.
+
+        It may live, and open another: so the last that departed are remembered,
+        and what comes twice from one of them is handled once.
+        """
+        if address in self._last_seen:
+            self._departed.setdefault(address)
+        while len(self._departed) > DEPARTED_MAX:
+            first = next(iter(self._departed))
+            del self._departed[first]
+            self._last_seen.pop(first, None)
 
     def _receive(self, data: bytes) -> None:
         self._dispatcher.post(self._arrived, data)
@@ -154,4 +164,5 @@ class Postbox:
         if envelope.number <= self._last_seen.get(envelope.sender, 0):
             return
         self._last_seen[envelope.sender] = envelope.number
+        self._departed.pop(envelope.sender, None)
         self._handle(Address(envelope.sender), envelope.body)

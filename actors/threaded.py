@@ -123,6 +123,7 @@ class ThreadedActivation(GrainActivation):
         guard: Guard,
         kind: Kind,
         host: Any,
+        chain: tuple[str, ...] = (),
     ) -> None:
         self._lock = threading.RLock()
         self._inbox = _InboxDispatcher(host.dispatcher)
@@ -142,6 +143,7 @@ class ThreadedActivation(GrainActivation):
             guard=guard,
             kind=kind,
             host=as_host,
+            chain=chain,
         )
 
     # --- from any thread ---

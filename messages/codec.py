@@ -153,8 +153,12 @@ def _refuse_extension(code: int, data: bytes) -> Any:
 
 def _tuple_of(value: Any) -> Any:
     if isinstance(value, msgspec.Struct):
-        return (
-            value.__struct_config__.tag,
-            *(getattr(value, name) for name in value.__struct_fields__),
-        )
+        fields = [getattr(value, name) for name in value.__struct_fields__]
+        # What was added later is left out where it says nothing: old bytes and
+        # new ones are the same.
+        for default in reversed(value.__struct_defaults__):
+            if fields[-1] != default:
+                break
+            fields.pop()
+        return (value.__struct_config__.tag, *fields)
     raise TypeError(f"a {type(value).__name__} cannot be carried")

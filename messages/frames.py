@@ -12,12 +12,16 @@ VERSION = 1
 
 
 class Resolve(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """Where is `identity`, or else start it. To a coordinator."""
+    """Where is `identity`, or else start it. To a coordinator.
+
+    `chain` are the identities that wait meanwhile, each for the next.
+    """
 
     request: int
     identity: str
     epoch: int
     remaining_ms: int
+    chain: tuple[str, ...] = ()
 
 
 class Resolved(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -48,7 +52,10 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=4):
 
 
 class Start(msgspec.Struct, frozen=True, array_like=True, tag=5):
-    """Claim it over `revision` under that procedure's lock, and start it."""
+    """Claim it over `revision` under that procedure's lock, and start it.
+
+    `chain` are the identities that wait for it.
+    """
 
     identity: str
     procedure: int
@@ -57,6 +64,7 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=5):
     revision: int
     epoch: int
     remaining_ms: int
+    chain: tuple[str, ...] = ()
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True, tag=6):

@@ -43,10 +43,14 @@ _SEND_AGAIN = RetryPolicy(first_ns=500_000_000, largest_ns=500_000_000)
 
 @dataclass(frozen=True, slots=True)
 class Requester:
-    """Who asked for an identity: where the answer goes, and its request's number."""
+    """Who asked for an identity: where the answer goes, and its request's number.
+
+    `chain` are the identities that wait for the answer.
+    """
 
     address: Address
     request: int
+    chain: tuple[str, ...] = field(default=(), compare=False)
 
 
 # --- effects -----------------------------------------------------------------
@@ -106,6 +110,7 @@ class StartAt:
     expected_revision: int
     epoch: int
     remaining_ns: int
+    chain: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +213,12 @@ class Claims:
     def running_count(self) -> int:
         """How many procedures run."""
         return len(self._running)
+
+    def waiting(self) -> tuple[Identity, ...]:
+        """What a procedure runs for, or a newer topology or release is awaited for."""
+        ahead = (identity for identity, _, _ in self._ahead.values())
+        freeing = (identity for identity, _ in self._freeing)
+        return (*self._running, *ahead, *freeing)
 
     @property
     def due_ns(self) -> int | None:
@@ -604,6 +615,9 @@ class Claims:
                 procedure.revision,
                 self._table.epoch,
                 max(0, procedure.latest_ns() - now_ns),
+                tuple(
+                    dict.fromkeys(each for to in procedure.waiters for each in to.chain)
+                ),
             ),
         )
 

@@ -41,13 +41,15 @@ class Outgoing:
     """A message on its way to an identity.
 
     `number` grows with each message of the node; `deadline_ns` is when it is no
-    longer to be delivered; `content` is the caller's.
+    longer to be delivered; `content` is the caller's; `chain` are the identities
+    that wait for its answer, each for the next.
     """
 
     number: int
     identity: Identity
     deadline_ns: int
     content: object
+    chain: tuple[str, ...] = ()
     bounces: int = 0
 
 
@@ -63,6 +65,7 @@ class ResolvePid:
     owner: SessionId
     epoch: int
     remaining_ns: int
+    chain: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,10 @@ class Deliveries:
     def is_holding(self) -> bool:
         """Whether messages wait, so that `tick` is wanted."""
         return bool(self._held)
+
+    def held(self) -> tuple[Identity, ...]:
+        """The identities for which messages wait."""
+        return tuple(self._held)
 
     # --- inputs: the node ---
 
@@ -356,9 +363,15 @@ class Deliveries:
     ) -> tuple[DeliveryEffect, ...]:
         hold.owner = owner
         self._until(hold, now_ns + _UNANSWERED_NS)
-        latest = max(message.deadline_ns for message in hold.messages())
+        messages = hold.messages()
+        latest = max(message.deadline_ns for message in messages)
         return (
             ResolvePid(
-                hold.request, hold.identity, owner, epoch, max(0, latest - now_ns)
+                hold.request,
+                hold.identity,
+                owner,
+                epoch,
+                max(0, latest - now_ns),
+                tuple(dict.fromkeys(each for m in messages for each in m.chain)),
             ),
         )

@@ -46,10 +46,14 @@ class GiveUpEntry:
 
 @dataclass(frozen=True, slots=True)
 class StartActivation:
-    """Start what the store has confirmed; `started` or `start_failed` follows."""
+    """Start what the store has confirmed; `started` or `start_failed` follows.
+
+    `chain` are the identities that wait for it.
+    """
 
     pid: Pid
     record: ActivationRecord
+    chain: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +131,7 @@ class _Hosted:
     pid: Pid | None = None
     give_up: GiveUp | None = None
     asked_by: tuple[Address, int] | None = None
+    chain: tuple[str, ...] = ()
     ends_lapsed: bool = False
     why_failed: Refusal | None = None
     due_ns: int = 0
@@ -246,6 +251,7 @@ class Hosting:
         acquisition: Acquisition,
         host: SessionId,
         expected_revision: int,
+        chain: tuple[str, ...] = (),
     ) -> tuple[HostingEffect, ...]:
         """A coordinator wants it started here: claim it, or say why not."""
         to = address_of(acquisition.session)
@@ -266,7 +272,12 @@ class Hosting:
             identity, host, self._last_attempt, acquisition, expected_revision
         )
         self._hosted[identity] = _Hosted(
-            identity, host, "claiming", claim=claim, asked_by=(to, procedure)
+            identity,
+            host,
+            "claiming",
+            claim=claim,
+            asked_by=(to, procedure),
+            chain=chain,
         )
         return (ClaimEntry(claim),)
 
@@ -325,7 +336,7 @@ class Hosting:
                         session=pid.session,
                         token=pid.fencing_token,
                     ),
-                    StartActivation(pid, entry.record),
+                    StartActivation(pid, entry.record, hosted.chain),
                 )
 
     def started(self, pid: Pid) -> tuple[HostingEffect, ...]:

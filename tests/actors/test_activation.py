@@ -17,6 +17,7 @@ from placement.errors import (
     TEXT_MAX,
     ActivationFailed,
     BadMessage,
+    Deadlock,
     HandlerFailed,
     PlacementError,
     StoreFailed,
@@ -105,6 +106,8 @@ class Wild(Grain):
             case ["stop, then", inner]:
                 self.context.passivate()
                 return inner
+            case ["ask", identity]:
+                return await self.context.ref(identity).ask_async("hello")
             case ["get now"]:
                 return self.context.ref("wild/other").ask(1, block=False).get()
             case ["get later"]:
@@ -162,6 +165,17 @@ class Keeper(Grain):
         return self.state
 
 
+class Asking(Grain):
+    """Asks as it begins the one that its name says."""
+
+    async def on_activate(self) -> None:
+        identity = self.context.identity.name
+        await self.context.ref(identity).ask_async("who is there?")
+
+    def on_receive(self, message: Any) -> Any:
+        return message
+
+
 def _raise(error: type[BaseException]) -> None:
     raise error
 
@@ -187,6 +201,7 @@ KINDS: dict[str, Any] = {
     "bad": Kind(lambda _: _raise(SystemExit)),
     "stateful": Stateful,
     "keeper": Keeper,
+    "asking": Asking,
     "made": Kind(lambda _: Keeper()),
 }
 
@@ -374,6 +389,18 @@ def test_a_bug_between_user_code_and_answer_leaves_nobody_waiting(
     monkeypatch.setattr(Surface, "of", broken)
     with pytest.raises(ActivationFailed, match="a bug"):
         node.ref("wild/2").ask(1)
+
+
+def test_a_chain_that_comes_back_through_a_first_hook_is_refused_at_once(
+    node: PlacementNode,
+) -> None:
+    ref = node.ref("wild/1")
+    with pytest.raises(Deadlock, match="wild/1 -> asking/wild/1 -> wild/1"):
+        ref.ask(["ask", "asking/wild/1"], timeout=5)
+    # On its own the same hook is no deadlock.
+    node.ref("asking/wild/1").tell("begin")
+    eventually(lambda: token_of(node, "asking/wild/1") > 0)
+    assert ref.ask(["ask", "asking/wild/2"]) == "hello"
 
 
 # --- ends, waits, timers ---

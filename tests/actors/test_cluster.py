@@ -19,7 +19,7 @@ from actors.outbox import _Asked
 from actors.store_memory import MemoryStore
 from actors.store_url import open_store
 from actors.witness import ActivationWitness
-from placement.contracts import SessionRecord
+from placement.contracts import SessionRecord, StoreFailure
 from placement.delivery import Outgoing
 from placement.errors import (
     TEXT_MAX,
@@ -989,5 +989,125 @@ def test_a_long_timeout_is_a_year_and_a_short_one_is_over(
 
 
 def test_settings_of_more_than_a_year_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"ask_timeout must be 0\.01 s to a year"):
+    with pytest.raises(ValueError, match=r"ask_timeout must be .* at most a year"):
         Settings(ask_timeout=1e10)
+
+
+def test_the_mappings_of_snapshots_cannot_be_changed(cluster: Cluster) -> None:
+    seen = cluster.snapshot()
+    mappings: tuple[Any, ...] = (
+        seen.partitions,
+        seen.activations,
+        seen.nodes,
+        seen.nodes["node-1"].partitions,
+    )
+    for mapping in mappings:
+        assert mapping
+        with pytest.raises(TypeError):
+            mapping["x"] = 1
+
+
+def test_a_drain_is_an_event_of_its_own(cluster: Cluster) -> None:
+    node = cluster.node("node-1")
+    node.drain()
+    assert node.events.counts["Draining"] == 1
+
+
+def stuck_node(gate: str) -> tuple[PlacementNode, Future]:
+    """A node in whose turn a Grain does not come back."""
+    GATES[gate] = threading.Event()
+    node = PlacementNode("n", kinds=KINDS, **FAST)
+    node.start_member()
+    future = node.ref("blocked/1").ask(gate, block=False)
+    eventually(lambda: node._grains.busy_since_ns > 0)
+    node.events.subscribe(lambda _: GATES[gate].wait(20))
+    return node, future
+
+
+@pytest.mark.parametrize("verb", ["stop", "kill"])
+def test_an_end_is_done_in_its_time_whatever_hangs(verb: str) -> None:
+    node, future = stuck_node(verb)
+    began_s = time.monotonic()
+    getattr(node, verb)(timeout=0.5)
+    assert time.monotonic() - began_s < 3
+    with pytest.raises((OutcomeUnknown, NotReady)):
+        future.get(timeout=1)
+    GATES[verb].set()
+
+
+def test_a_second_stop_waits_for_the_first_and_a_kill_cuts_it_short() -> None:
+    node, _ = stuck_node("second")
+    ended: list[str] = []
+
+    def stop(which: str) -> None:
+        node.stop(timeout=60)
+        ended.append(which)
+
+    threads = [threading.Thread(target=stop, args=(which,)) for which in ("1", "2")]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: node.state == "stopping")
+    threads[1].join(0.1)
+    assert ended == []
+    killer = threading.Thread(target=node.kill)
+    killer.start()
+    eventually(lambda: node.is_dead)
+    GATES["second"].set()
+    for thread in (*threads, killer):
+        thread.join(10)
+    assert sorted(ended) == ["1", "2"]
+    assert node._is_over
+
+
+def test_the_cluster_serves_while_a_node_is_added_and_ends_it_when_stopped() -> None:
+    gate, waits = threading.Event(), threading.Event()
+
+    class Slow(MemoryStore):
+        def open_session(self, record: Any, /) -> Any:
+            if record.session.startswith("slow."):
+                waits.set()
+                raise StoreFailure("not now")
+            return super().open_session(record)
+
+        def another(self) -> "Slow":
+            return self
+
+        def close(self) -> None:
+            pass
+
+    cluster = Cluster.embedded(nodes=1, kinds=KINDS, store=Slow(), **FAST)
+    failed: list[BaseException] = []
+
+    def add() -> None:
+        try:
+            cluster.add_node("slow")
+        except NotReady as error:
+            failed.append(error)
+        gate.set()
+
+    thread = threading.Thread(target=add)
+    thread.start()
+    assert waits.wait(5)
+    assert cluster.nodes == ("node-1",)
+    assert cluster.ref("echo/1").ask(1) == 1
+    with pytest.raises(ValueError, match="already"):
+        cluster.add_node("slow")
+    second = threading.Thread(target=cluster.stop)
+    second.start()
+    cluster.stop()
+    second.join(5)
+    assert gate.wait(5)
+    thread.join()
+    assert len(failed) == 1
+
+
+def test_nothing_is_kept_of_nodes_that_are_gone(cluster: Cluster) -> None:
+    node = cluster.node("node-1")
+    for name in ("node-4", "node-5"):
+        cluster.add_node(name)
+        cluster.remove_node(name)
+    cluster.add_node("node-6")
+    cluster.kill_node("node-6")
+    assert len(cluster.events._streams) == 1 + 3
+    assert len(node._guards) == 1
+    eventually(lambda: len(node._postbox._departed) == 2)

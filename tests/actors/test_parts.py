@@ -16,7 +16,7 @@ from actors.log import log, to_stderr
 from actors.lookup import PartitionIdentityLookup, PartitionIdentityLookupConfig
 from actors.node import PlacementNode
 from actors.outbox import Outbox
-from actors.postbox import Postbox
+from actors.postbox import DEPARTED_MAX, Postbox
 from actors.store_actor import Perform, StoreActor
 from actors.store_memory import MemoryStore
 from actors.transport import InProcessTransport
@@ -512,6 +512,61 @@ def test_a_transport_that_raises_has_lost_the_frame_and_ends_nobody() -> None:
     assert box.send(Address("a.1"), LoopBack(1))
     box.send_echo(LoopBack(2))
     assert [each.reason for each in happened] == ["OSError: no network"] * 2
+    dispatcher.stop(5)
+
+
+def test_of_incarnations_that_have_departed_only_the_last_are_remembered() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    handled: list[Any] = []
+    box = Postbox(
+        cluster="default",
+        address=Address("b.1"),
+        transport=InProcessTransport(),
+        dispatcher=dispatcher,
+        handle=lambda sender, _: handled.append(sender),
+        publish=lambda _: None,
+    )
+    box.open()
+    codec = Codec("default")
+    senders = [Address(f"a.{number}") for number in range(DEPARTED_MAX + 9)]
+    frames = [codec.encode(each, "b.1", 1, LoopBack(1)) for each in senders]
+    for sender, frame in zip(senders, frames, strict=True):
+        box._arrived(frame)
+        box.forget(sender)
+        box.forget(sender)
+
+    assert len(box._last_seen) == len(box._departed) == DEPARTED_MAX
+    # One that lives and speaks again is no departed one, and no repeated one.
+    box._arrived(frames[-1])
+    assert len(handled) == len(senders)
+    box._arrived(codec.encode(senders[-1], "b.1", 2, LoopBack(1)))
+    assert handled[-1] == senders[-1]
+    assert senders[-1] not in box._departed
+    box.forget(Address("never.1"))
+    assert len(box._last_seen) == DEPARTED_MAX
+    dispatcher.stop(5)
+
+
+def test_numbers_grow_for_a_receiver_whoever_else_is_written_to() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    transport = InProcessTransport()
+    box = Postbox(
+        cluster="default",
+        address=Address("b.1"),
+        transport=transport,
+        dispatcher=dispatcher,
+        handle=lambda *_: None,
+        publish=lambda _: None,
+    )
+    box.open()
+    arrived: list[bytes] = []
+    for name in ("a.1", "c.1"):
+        transport.attach(Address(name), arrived.append)
+    for name in ("a.1", "c.1", "a.1"):
+        box.send(Address(name), LoopBack(1))
+    codec = Codec("default")
+    numbers = [codec.decode(arrived[n], receiver="a.1").number for n in (0, 2)]
+    assert numbers[0] < numbers[1]
     dispatcher.stop(5)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from actors import Kind, PlacementNode, handler
 from actors.witness import ActivationWitness
-from placement.errors import ActivationFailed, HandlerFailed
+from placement.errors import ActivationFailed, HandlerFailed, OutcomeUnknown
 from tests.actors.actors_under_test import Echo, Worker
 from tests.actors.test_activation import RAISED, token_of
 from tests.actors.test_cluster import FAST, eventually
@@ -50,7 +50,15 @@ class Threaded(pykka.ThreadingActor):
                 return self.context.ref("echo/1").ask(7, block=False).get()
             case ["passivate"]:
                 self.context.passivate()
+            case ["await", identity]:
+                return self.awaits(identity)
         return self.state
+
+    async def awaits(self, identity: str) -> Any:
+        try:
+            return await self.context.ref(identity).ask_async("never")
+        finally:
+            SEEN.append("closed")
 
     async def in_a_loop(self) -> Any:
         return await self.context.ref("echo/1").ask_async("from a loop")
@@ -217,4 +225,25 @@ def test_a_program_that_stops_all_its_actors_ends_activations_which_begin_anew(
     assert len(pykka.ActorRegistry.get_by_class(Threaded)) == 1
     pykka.ActorRegistry.stop_all()
     eventually(lambda: token_of(node, "threaded/1") != before)
+    assert ref.ask(1) == {"mine": 1}
+
+
+def test_who_waits_for_an_actor_that_stops_hears_that_the_outcome_is_unknown(
+    node: PlacementNode,
+) -> None:
+    GATE.clear()
+    SEEN.clear()
+    ref = node.ref("threaded/1")
+    ref.ask(1)
+    first = token_of(node, "threaded/1")
+    asked = ref.ask(["await", "blocking/1"], block=False)
+    eventually(lambda: token_of(node, "blocking/1") > 0)
+    (actor,) = pykka.ActorRegistry.get_by_class(Threaded)
+    actor.stop()
+    with pytest.raises(OutcomeUnknown, match="its actor has stopped"):
+        asked.get(timeout=5)
+    GATE.set()
+    eventually(lambda: token_of(node, "threaded/1") != first)
+    seen = list(SEEN)
+    assert seen == [("stopped", "1", first), "closed"]
     assert ref.ask(1) == {"mine": 1}

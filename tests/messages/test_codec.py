@@ -108,6 +108,17 @@ def test_old_bytes_stay_readable_and_the_same(sample: Frame) -> None:
     assert encode(sample) == golden
 
 
+@pytest.mark.parametrize(
+    "frame",
+    [
+        Resolve(1, ID, 3, 9_000, ("account/1", "account/2")),
+        Start(ID, 5, S1, S2, 70, 4, 8_000, ("account/1",)),
+    ],
+)
+def test_what_was_added_at_the_end_travels(frame: Frame) -> None:
+    assert CODEC.decode(encode(frame), receiver="b.1").body == frame
+
+
 def test_what_is_added_at_the_end_later_is_ignored_now() -> None:
     assert CODEC.decode(raw(body=[19, 5, "later"]), receiver="b.1").body == (
         TopologyHint(5)

@@ -76,6 +76,22 @@ def starting(made: Claims) -> StartAt:
     return only(made.acquired(request, acquired(), now_ns=0), StartAt)
 
 
+def test_a_start_names_once_who_waits_for_it() -> None:
+    made = claims()
+    first = made.request(
+        Requester(CLIENT, 1, ("a/1", "a/2")),
+        CART,
+        epoch=1,
+        deadline_ns=10 * S,
+        now_ns=0,
+    )
+    again = Requester(CLIENT, 2, ("a/2", "a/3"))
+    made.request(again, CART, epoch=1, deadline_ns=10 * S, now_ns=0)
+    start = only(made.acquired(lock(first), acquired(), now_ns=0), StartAt)
+    assert start.chain == ("a/1", "a/2", "a/3")
+    assert again == Requester(CLIENT, 2)
+
+
 def test_r1_3_every_lookup_is_refused_while_placement_is_undetermined() -> None:
     made = claims(started=False)
     for number in range(3):

@@ -66,6 +66,18 @@ def test_r4_3_before_start_and_after_stop_messages_are_refused() -> None:
     )
 
 
+def test_a_resolution_names_once_who_waits_for_it() -> None:
+    made = deliveries()
+    chains = (("a/1", "a/2"), (), ("a/2", "a/3"))
+    first = Outgoing(1, CART, 10 * S, None, chains[0])
+    resolve = only(made.hold(first, now_ns=0), ResolvePid)
+    assert resolve.chain == ("a/1", "a/2")
+    for number, chain in enumerate(chains[1:], start=2):
+        made.hold(Outgoing(number, CART, 10 * S, None, chain), now_ns=0)
+    again = only(made.tick(now_ns=5 * S), ResolvePid)
+    assert again.chain == ("a/1", "a/2", "a/3")
+
+
 def test_all_that_waits_for_a_resolution_goes_in_order() -> None:
     made = deliveries()
     resolve = held(made, 1)

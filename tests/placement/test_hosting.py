@@ -52,6 +52,18 @@ def claiming(made: Hosting) -> Claim:
     return only(start(made), ClaimEntry).request
 
 
+def test_a_start_tells_who_waits_for_it() -> None:
+    made = hosting()
+    chain = ("a/1", "a/2")
+    effects = made.start(
+        CART, acquisition=LOCK, host=A, expected_revision=0, chain=chain
+    )
+    owned = entry(owner=A, token=5)
+    claim = only(effects, ClaimEntry).request
+    started = only(made.claimed(claim, Claimed(owned), now_ns=0), StartActivation)
+    assert started.chain == chain
+
+
 def won(made: Hosting, token: int = 5, snapshot: bytes | None = None) -> Pid:
     claim = claiming(made)
     owned = entry(owner=A, token=token, snapshot=snapshot)

@@ -1,0 +1,538 @@
+"""`placement simulate`: seeded runs of a cluster under faults, and their judgement."""
+
+import gc
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import msgpack
+import msgspec
+import pykka
+import xxhash
+
+from actors.engine import Settings
+from actors.faults import (
+    DRIFT_BEYOND_PPM,
+    DRIFT_PPM,
+    CutOff,
+    Episode,
+    StoreTrouble,
+    WireTrouble,
+    plan,
+)
+from actors.future import Future
+from actors.kind import Kind
+from actors.node import PlacementNode
+from actors.observer import Bounds, Violation, observe
+from actors.simulation import PARTITIONS, Process, Shared, SimulatedCluster
+from actors.trace import (
+    Asked,
+    Ended,
+    Entered,
+    FinalState,
+    Healed,
+    LeftBehind,
+    Reached,
+    Record,
+    Told,
+    WorkDone,
+)
+from actors.workload import Order, kinds_on, outcome_of
+from placement.identity import Identity
+
+TTL_S = 2.0
+REQUESTS_PER_S = 100.0
+_HEAL_BEFORE_END_S = 0.0
+_STATE_HEADER = 3
+_ASK_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """What every run does, but for its seed."""
+
+    nodes: int = 5
+    identities: int = 200
+    requests: int = 5_000
+    faults: tuple[str, ...] = ()
+    defect: str = ""
+
+    @property
+    def duration_s(self) -> float:
+        """How long requests come, in virtual seconds."""
+        return max(10 * TTL_S, self.requests / REQUESTS_PER_S)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What became of one run."""
+
+    seed: int
+    messages: int
+    answered: int
+    refused: int
+    unknown: int
+    faults: dict[str, int]
+    violations: tuple[Violation, ...]
+    trace_hash: str
+    episodes: int
+
+
+class Run:
+    """One seeded run: programs ask, faults come and go, an observer judges."""
+
+    def __init__(
+        self,
+        seed: int,
+        scenario: Scenario,
+        *,
+        episodes: Sequence[Episode] | None = None,
+        tap: Callable[[int, str, str, bytes], None] | None = None,
+    ) -> None:
+        from actors.defects import variant_of  # noqa: PLC0415  they subclass this
+
+        self.seed = seed
+        self.scenario = scenario
+        self.variant = variant_of(scenario.defect)
+        self.counts: Counter[str] = Counter()
+        self.outcomes: Counter[str] = Counter()
+        self.shared = shared = Shared(seed, PARTITIONS)
+        self.variant.prepare(shared)
+        self.world = shared.world
+        self.records: list[Record] = shared.records
+        self.settings = Settings(
+            ttl=TTL_S, partitions=PARTITIONS, ask_timeout=_ASK_S, cache_ttl=20.0
+        )
+        self.kinds: dict[str, Kind] = kinds_on(self, idle_after=4 * TTL_S)
+        self.episodes = (
+            plan(
+                seed,
+                scenario.faults,
+                duration_s=scenario.duration_s,
+                ttl_s=TTL_S,
+            )
+            if episodes is None
+            else tuple(episodes)
+        )
+        if tap is not None:
+            world = self.world
+            shared.network.tap = lambda sender, to, data: tap(
+                world.now_ns, sender, to, data
+            )
+        self.processes: dict[str, Process] = {}
+        self.nodes: dict[str, PlacementNode] = {}
+        self.clients: list[str] = []
+        self._choose = self.world.stream("choices").random
+        self._inside: dict[str, float] = {}
+        self._grain_draws: list[Callable[[], float]] = []
+        self._hanging: list[Future] = []
+        self._numbers: Counter[tuple[str, str]] = Counter()
+        self._started = 0
+        self._drift = self.world.stream("drift").random
+        if scenario.faults:
+            steps = self.world.stream("steps").random
+            shared.turns_at_once = lambda: (1, 2, 5, 0)[int(steps() * 4)]
+
+    # --- as a stage of the Grains ---
+
+    def inside(self, context: Any) -> None:
+        """Make the process stand still inside user code, where that was planned."""
+        if not self._inside:
+            return
+        node = context.pid.node
+        seconds = self._inside.pop(node, 0.0)
+        if seconds:
+            self.counts["pause"] += 1
+            self.world.spend(round(seconds * 1e9))
+            self.processes[node].pause(0.0)
+
+    def grain_trouble(self) -> str:
+        """What user code is to do wrong now."""
+        for draw in self._grain_draws:
+            if draw() < _GRAIN_RATE:
+                return _GRAIN_TROUBLES[int(draw() * len(_GRAIN_TROUBLES))]
+        return ""
+
+    def hang(self, future: Future) -> None:
+        """Answer `future` when the fault is over."""
+        self._hanging.append(future)
+
+    # --- nodes ---
+
+    def start_node(self, name: str, *, is_client: bool = False) -> None:
+        """Start a process and its node, and do not wait for it."""
+        rate_ppm = 1_000_000
+        if "drift-beyond" in self.scenario.faults:
+            side = 1 if len(self.processes) % 2 else -1
+            rate_ppm += side * DRIFT_BEYOND_PPM
+            self.counts["drift-beyond"] += 1
+        elif "drift" in self.scenario.faults:
+            rate_ppm += round((self._drift() * 2 - 1) * DRIFT_PPM)
+            self.counts["drift"] += 1
+        process = self.variant.process(self.shared, name, rate_ppm=rate_ppm)
+        node = PlacementNode(
+            name,
+            kinds={} if is_client else self.kinds,
+            engine=process,
+            settings=self.settings,
+        )
+        self.variant.change(node)
+        self.processes[name], self.nodes[name] = process, node
+        if is_client:
+            self.clients.append(name)
+            node.begin_client()
+        else:
+            node.begin_member()
+
+    def crash_node(self, name: str) -> None:
+        """End a process at once."""
+        node = self.nodes.pop(name)
+        self.processes[name].end("crashed")
+        node.is_dead = True
+
+    def leave_node(self, name: str) -> None:
+        """Have a node leave in good order; a late one ends as by a crash."""
+        node = self.nodes[name]
+        if node.state == "stopping":
+            return
+        node.begin_stop()
+        self._await_leaving(name, node, self.world.now_ns + round(5 * TTL_S * 1e9))
+
+    def _await_leaving(self, name: str, node: PlacementNode, until_ns: int) -> None:
+        process = self.processes[name]
+        if process.is_gone or self.nodes.get(name) is not node:
+            return
+        if node.has_left:
+            # What is under way to it still comes back from it.
+            self.world.after(0.05, self._gone, name, node)
+            node.leave_wire()
+        elif self.world.now_ns >= until_ns:
+            self.crash_node(name)
+        else:
+            self.world.after(0.05, self._await_leaving, name, node, until_ns)
+
+    def _gone(self, name: str, node: PlacementNode) -> None:
+        if self.nodes.get(name) is node:
+            del self.nodes[name]
+            self.processes[name].end("stopped")
+
+    def member_names(self) -> list[str]:
+        """The nodes that run and host, sorted."""
+        return sorted(name for name in self.nodes if name not in self.clients)
+
+    def _picked(self, shares: Sequence[float]) -> list[str]:
+        names = self.member_names()
+        return [names[int(share * len(names))] for share in shares] if names else []
+
+    # --- faults ---
+
+    def _begin(self, episode: Episode) -> None:
+        picked = self._picked(episode.nodes)
+        network, store = self.shared.network, self.shared.calls
+        match episode.kind:
+            case "drop" | "duplicate" | "delay":
+                wire = WireTrouble(episode, self.seed, self.counts)
+                network.faults.append(wire)
+                self._until(episode, lambda: network.faults.remove(wire))
+            case "cut":
+                one = frozenset(picked[:1])
+                other = frozenset({*self.nodes} - one)
+                if episode.rate < 0.5:  # noqa: PLR2004  from one only, or from all
+                    other = frozenset(picked[1:2]) - one
+                cut = CutOff(one, other, how=episode.how, counts=self.counts)
+                network.faults.append(cut)
+                store.faults.append(cut)
+
+                def mend() -> None:
+                    network.faults.remove(cut)
+                    store.faults.remove(cut)
+
+                self._until(episode, mend)
+            case "store-fail" | "store-lost" | "store-slow" | "store-down":
+                trouble = StoreTrouble(episode, self.seed, self.counts)
+                store.faults.append(trouble)
+                self._until(episode, lambda: store.faults.remove(trouble))
+            case "crash":
+                self._crash(episode, picked)
+            case "pause":
+                self._pause(episode, picked)
+            case "churn":
+                self._churn(episode, picked)
+            case "grain":
+                draw = episode.random(self.seed).random
+                self._grain_draws.append(draw)
+
+                def calm() -> None:
+                    self._grain_draws.remove(draw)
+                    hanging, self._hanging = self._hanging, []
+                    for future in hanging:
+                        future.set()
+
+                self._until(episode, calm)
+
+    def _until(self, episode: Episode, end: Callable[[], None]) -> None:
+        self.world.after(episode.for_s, end)
+
+    def _crash(self, episode: Episode, picked: list[str]) -> None:
+        # Now and then several, or all of them.
+        victims = set(picked[: 1 + (episode.rate > _MANY) * 2])
+        for name in sorted(victims):
+            if len(self.member_names()) == 1 and episode.how != "restart":
+                continue
+            self.counts["crash"] += 1
+            self.crash_node(name)
+            if episode.how == "restart":
+                self.world.after(episode.for_s, self._restart, name)
+
+    def _restart(self, name: str) -> None:
+        if name not in self.nodes:
+            self.start_node(name)
+
+    def _pause(self, episode: Episode, picked: list[str]) -> None:
+        for name in picked[:1]:
+            if episode.how == "inside":
+                self._inside[name] = episode.for_s
+            else:
+                self.counts["pause"] += 1
+                self.processes[name].pause(episode.for_s)
+
+    def _churn(self, episode: Episode, picked: list[str]) -> None:
+        self.counts["churn"] += 1
+        match episode.how:
+            case "join":
+                self._join()
+            case "leave" if len(self.member_names()) > 1:
+                self.leave_node(picked[0])
+                self.world.after(episode.for_s, self._join)
+            case "drain" if len(self.member_names()) > 1:
+                self.nodes[picked[0]].drain()
+                self.world.after(episode.for_s, self._leave_if_there, picked[0])
+                self.world.after(episode.for_s, self._join)
+            case "flap":
+                for turn in range(4):
+                    at_s = turn * episode.for_s / 4
+                    name = f"flap-{episode.number}-{turn}"
+                    self.world.after(at_s, self._restart, name)
+                    self.world.after(
+                        at_s + episode.for_s / 8, self._leave_if_there, name
+                    )
+
+    def _join(self) -> None:
+        self._started += 1
+        self.start_node(f"join-{self._started}")
+
+    def _leave_if_there(self, name: str) -> None:
+        if name in self.nodes and len(self.member_names()) > 1:
+            self.leave_node(name)
+
+    # --- programs ---
+
+    def _issue(self, order: Order) -> None:
+        names = sorted(self.nodes)
+        if not names:
+            return
+        name = names[int(order.where * len(names))]
+        node = self.nodes[name]
+        self.processes[name].program.post(self._speak, node, order)
+
+    def _speak(self, node: PlacementNode, order: Order) -> None:
+        """One request of a program on `node`."""
+        operation = order.operation
+        kind = "log" if operation in {"tell", "leave log"} else "counter"
+        identity = f"{kind}/{order.identity}"
+        request = f"r{order.number}"
+        now_ns = self.world.moment_ns()
+        address = str(node.address)
+        if operation == "tell":
+            self._numbers[address, identity] += 1
+            number = self._numbers[address, identity]
+            self.records.append(Told(now_ns, address, request, identity, number))
+            node.ref(identity).tell([number], request_id=request)
+            return
+        message: list[Any] = [operation]
+        if operation == "pass on":
+            message.append(f"counter/{order.other}")
+        if operation == "leave log":
+            node.ref(identity).tell([0], request_id="")
+            return
+        deadline_ns = now_ns + round(_ASK_S * 1e9)
+        self.records.append(
+            Asked(now_ns, address, request, identity, operation, deadline_ns)
+        )
+        future = node.ref(identity).ask(message, block=False, request_id=request)
+        process = self.processes[node.name]
+        future.on_done(lambda done: self._ended(process, request, done))
+
+    def _ended(self, process: Process, request: str, future: Future) -> None:
+        if process.is_gone:
+            return
+        try:
+            value, outcome, reason = future.get(timeout=0), "answered", ""
+        except Exception as error:  # noqa: BLE001  that is what is recorded
+            value = None
+            outcome, reason = outcome_of(error)
+        self.outcomes[outcome] += 1
+        self.records.append(
+            Ended(self.world.moment_ns(), request, outcome, value, reason)
+        )
+
+    # --- the whole run ---
+
+    def perform(self) -> Result:
+        """Run it from beginning to end, and judge it."""
+        scenario, world = self.scenario, self.world
+        for number in range(1, scenario.nodes + 1):
+            self.start_node(f"node-{number}")
+        self.start_node("client-1", is_client=True)
+        self.start_node("client-2", is_client=True)
+        world.run_until(world.now_ns + 500_000_000)
+        began_ns = world.now_ns
+        draw = world.stream("requests")
+        duration_s = scenario.duration_s
+        for number in range(scenario.requests):
+            order = Order(draw, number, scenario.identities, duration_s)
+            world.after(order.at_s, self._issue, order)
+        for episode in self.episodes:
+            world.after(episode.at_s, self._begin, episode)
+        world.run_until(began_ns + round(duration_s * 1e9))
+        self._heal()
+        self._prove_reachable()
+        world.run_until(world.now_ns + round((_ASK_S + 3) * 1e9))
+        self._look_at_what_is_left()
+        result = self._judge()
+        self.close()
+        return result
+
+    def _heal(self) -> None:
+        world = self.world
+        self._inside.clear()
+        # What an episode has put off (a restart, the end of a pause) comes first.
+        world.run_until(world.now_ns + 1_000_000_000)
+        if not self.member_names():
+            self.start_node("node-1")
+        self.records.append(Healed(world.now_ns))
+
+    def _prove_reachable(self) -> None:
+        """Have every identity sought from every node that runs."""
+        world = self.world
+        world.run_until(world.now_ns + round(TTL_S * 1e9))
+        seconds = 2 * TTL_S - 0.5
+        for name in sorted(self.nodes):
+            node = self.nodes[name]
+            if node.state == "stopping":
+                continue
+            for number in range(self.scenario.identities):
+                identity = f"counter/{number}"
+                future = node.seek(identity, timeout=seconds)
+                future.on_done(
+                    lambda done, node=node, identity=identity: self._reached(
+                        node, identity, done
+                    )
+                )
+
+    def _reached(self, node: PlacementNode, identity: str, future: Future) -> None:
+        reason = ""
+        try:
+            future.get(timeout=0)
+        except Exception as error:  # noqa: BLE001  that is what is recorded
+            reason = f"{type(error).__name__}: {error}"
+        self.records.append(
+            Reached(self.world.moment_ns(), str(node.address), identity, reason)
+        )
+
+    def _look_at_what_is_left(self) -> None:
+        contents = self.shared.store._contents  # noqa: SLF001
+        now_ns = self.world.now_ns
+        hosted = {
+            (node.session, pid.identity): pid
+            for node in self.nodes.values()
+            for pid in node.hosted()
+        }
+        for identity, row in sorted(contents.rows.items()):
+            if identity.kind == "counter":
+                self.records.append(
+                    FinalState(now_ns, str(identity), _requests_in(row.snapshot))
+                )
+            open_sessions = contents.open_sessions
+            if row.lock is not None and row.lock.session in open_sessions:
+                self._left("store", f"lock of {row.lock}", identity)
+            if (
+                row.owner is not None
+                and row.owner in open_sessions
+                and (row.owner, identity) not in hosted
+            ):
+                self._left("store", f"entry of {row.owner}, not hosted", identity)
+        live = {node.session for node in self.nodes.values()}
+        for session in sorted(contents.open_sessions):
+            if session not in live:
+                self._left("store", f"open session {session}", "")
+        for _, node in sorted(self.nodes.items()):
+            for what, of in node.waiting():
+                self._left(node.name, what, of)
+
+    def _left(self, where: str, what: str, identity: str) -> None:
+        self.records.append(LeftBehind(self.world.now_ns, where, what, str(identity)))
+
+    def _judge(self) -> Result:
+        scenario, shared = self.scenario, self.shared
+        probes = sum(isinstance(each, Reached) for each in self.records)
+        self.records.append(
+            WorkDone(
+                self.world.now_ns,
+                scenario.requests + probes,
+                shared.network.frame_count,
+                shared.calls.operation_count,
+                0,
+            )
+        )
+        records = sorted(self.records, key=lambda each: each.at_ns)
+        bounds = Bounds(liveness_ns=round(3 * TTL_S * 1e9), grace_ns=9_000_000_000)
+        violations = observe(records, bounds)
+        violations += tuple(
+            Violation("bug", "", self.world.now_ns, f"{name}: {error!r}")
+            for name, error in self.world.bugs
+        )
+        digest = shared.network.digest().copy()
+        digest.update(msgpack.packb([(type(e).__name__, *e) for e in records]))
+        return Result(
+            seed=self.seed,
+            messages=shared.network.frame_count
+            + sum(
+                isinstance(each, Entered) and each.purpose == "handle"
+                for each in records
+            ),
+            answered=self.outcomes["answered"],
+            refused=self.outcomes["refused"] + self.outcomes["failed"],
+            unknown=self.outcomes["unknown"],
+            faults=dict(sorted(self.counts.items())),
+            violations=violations,
+            trace_hash=digest.hexdigest(),
+            episodes=len(self.episodes),
+        )
+
+    def close(self) -> None:
+        """Forget it all."""
+        for process in self.shared.processes:
+            process.clock.is_gone = True
+
+
+_MANY = 0.75
+_GRAIN_RATE = 0.08
+_GRAIN_TROUBLES = (
+    "activate",
+    "before",
+    "after",
+    "late",
+    "never",
+    "leave",
+    "passivate",
+)
+
+
+def _requests_in(snapshot: bytes | None) -> tuple[str, ...]:
+    if snapshot is None:
+        return ()
+    return tuple(msgspec.msgpack.decode(snapshot[_STATE_HEADER:])["requests"])

@@ -1,0 +1,231 @@
+"""What a simulated run does: Grains that count, and programs that ask them.
+
+The Grains write down themselves when their code is entered: what is judged is
+what user code saw, not what the machines say of it.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from random import Random
+from typing import Any, Protocol
+
+import msgspec
+
+from actors.future import Future, running
+from actors.grain import Grain
+from actors.kind import Kind
+from actors.trace import Asked, Ended, Entered, Record
+from actors.world import World
+from placement.errors import Deadlock, HandlerFailed, OutcomeUnknown, PlacementError
+
+
+class Seen(msgspec.Struct):
+    """The state of a counter: the requests that it has counted, in order."""
+
+    requests: list[str] = msgspec.field(default_factory=list)
+
+
+class Trouble(Exception):
+    """What user code raises while the fault `grain` lasts."""
+
+
+class Stage(Protocol):
+    """What a run offers its Grains."""
+
+    world: World
+    records: list[Record]
+    counts: Counter[str]
+
+    def inside(self, context: Any) -> None:
+        """User code has just been entered: the process may be made to stand still."""
+
+    def grain_trouble(self) -> str:
+        """What user code is to do wrong now; empty: nothing."""
+
+    def hang(self, future: Future) -> None:
+        """Keep a future that is answered when the fault is over."""
+
+
+class _Recorded(Grain[Seen]):
+    """Writes down each entry into its code."""
+
+    stage: Stage
+
+    def _enter(self, purpose: str, request: str = "", number: int = 0) -> None:
+        context = self.context
+        stage = self.stage
+        stage.records.append(
+            Entered(
+                stage.world.moment_ns(),
+                str(context.pid.address),
+                str(context.identity),
+                str(context.pid.session),
+                context.fencing_token,
+                purpose,
+                request,
+                number,
+            )
+        )
+        stage.inside(context)
+
+    def _trouble(self, what: str) -> None:
+        if self.stage.grain_trouble() == what:
+            self.stage.counts["grain"] += 1
+            raise Trouble(what)
+
+    def on_activate(self) -> None:
+        """Begin, or fail to."""
+        self._enter("activate")
+        self._trouble("activate")
+
+    def on_passivate(self) -> bytes | None:
+        """End, or fail to."""
+        self._enter("passivate")
+        self._trouble("passivate")
+        return None
+
+    def _flush(self) -> None:
+        self._enter("timer")
+
+
+class CounterGrain(_Recorded):
+    """Counts each request once, and stores it before it answers."""
+
+    async def on_receive(self, message: Any) -> Any:
+        """Handle `[operation, ...]`."""
+        request = self.context.request_id
+        self._enter("handle", request)
+        trouble = self.stage.grain_trouble()
+        if trouble in {"before", "after", "late", "never", "leave"}:
+            self.stage.counts["grain"] += 1
+        if trouble == "before":
+            raise Trouble(trouble)
+        if trouble == "never":
+            future = Future()
+            future.owner = running.activation
+            self.stage.hang(future)
+            await future
+            self._enter("resume", request)
+        answer = await self._perform(message, request)
+        if trouble == "after":
+            raise Trouble(trouble)
+        if trouble == "late":
+            self.stage.world.spend(150_000_000)
+        if trouble == "leave":
+            self.context.passivate()
+        return answer
+
+    async def _perform(self, message: list[Any], request: str) -> Any:
+        match message[0]:
+            case "add":
+                if request not in self.state.requests:
+                    self.state.requests.append(request)
+                    self.save()
+                return self.state.requests.index(request) + 1
+            case "read":
+                return len(self.state.requests)
+            case "leave":
+                self.context.passivate()
+            case "timer":
+                self.context.after(0.2, self._flush)
+            case "pass on":
+                await self._pass_on(message[1], request)
+        return None
+
+    async def _pass_on(self, identity: str, request: str) -> None:
+        """Have another count, with this mailbox held meanwhile."""
+        nested = f"{request}+"
+        stage = self.stage
+        ask = stage.records.append
+        seconds = 4.0
+        now_ns = stage.world.moment_ns()
+        ask(
+            Asked(
+                now_ns,
+                str(self.context.pid.address),
+                nested,
+                identity,
+                "add",
+                now_ns + round(seconds * 1e9),
+            )
+        )
+        outcome, value, reason = "unknown", None, "its own handler was ended"
+        try:
+            value = await self.context.ref(identity).ask_async(
+                ["add"], timeout=seconds, request_id=nested
+            )
+            outcome, reason = "answered", ""
+        except PlacementError as error:
+            outcome, reason = outcome_of(error)
+        finally:
+            ask(Ended(stage.world.moment_ns(), nested, outcome, value, reason))
+        self._enter("resume", request)
+
+
+class LogGrain(_Recorded):
+    """Takes what is told; keeps nothing."""
+
+    def on_receive(self, message: Any) -> None:
+        """Handle `[number]`."""
+        self._enter("handle", self.context.request_id, message[0])
+
+
+def outcome_of(error: BaseException) -> tuple[str, str]:
+    """How an ask ended that was not answered, and why."""
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, HandlerFailed | Deadlock):
+        return "failed", reason
+    if isinstance(error, OutcomeUnknown):
+        return "unknown", reason
+    if isinstance(error, PlacementError) and not error.may_have_happened:
+        return "refused", reason
+    return "unknown", reason
+
+
+def kinds_on(stage: Stage, *, idle_after: float) -> dict[str, Kind]:
+    """The kinds of a run."""
+
+    def made(grain_class: type[_Recorded]) -> Callable[[Any], _Recorded]:
+        def make(_: Any) -> _Recorded:
+            grain = grain_class()
+            grain.stage = stage
+            return grain
+
+        return make
+
+    return {
+        "counter": Kind(
+            made(CounterGrain), actor_class=CounterGrain, idle_after=idle_after
+        ),
+        "log": Kind(made(LogGrain), actor_class=LogGrain, idle_after=idle_after),
+    }
+
+
+class Order:
+    """One request of the plan: when, what, of whom; `where` is a share of nodes."""
+
+    __slots__ = ("at_s", "identity", "number", "operation", "other", "where")
+
+    def __init__(self, draw: Random, number: int, identities: int, until_s: float):
+        self.number = number
+        self.at_s = draw.random() * until_s
+        # Some are asked much more often than others.
+        self.identity = int(identities * draw.random() ** 1.5)
+        self.other = int(identities * draw.random())
+        self.where = draw.random()
+        roll = draw.random()
+        for operation, share in _SHARES:
+            if roll < share:
+                self.operation = operation
+                break
+
+
+_SHARES = (
+    ("add", 0.50),
+    ("read", 0.66),
+    ("tell", 0.88),
+    ("pass on", 0.93),
+    ("timer", 0.96),
+    ("leave", 0.98),
+    ("leave log", 1.01),
+)
