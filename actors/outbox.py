@@ -272,21 +272,33 @@ class Outbox:
             content.future.set(pid)
             return ()
         assert isinstance(content, Mail)
+        asked = None
         if content.is_ask:
             asked = self._asked.get(message.number)
             if asked is None:
                 return ()  # its time is over
             asked.session = pid.session
+        try:
+            is_sent = self._hand_over(pid, message, content, now_ns)
+        except BadMessage as error:
+            return (FailMessage(message, Refusal.of(error)),)
+        if is_sent:
+            return ()
+        if asked is not None:
+            # Nobody has it: the end of that session says nothing about it.
+            asked.session = None
+        return self._deliveries.bounced(pid, message, needs_mark=False, now_ns=now_ns)
+
+    def _hand_over(
+        self, pid: Pid, message: Outgoing, content: Mail, now_ns: int
+    ) -> bool:
+        """Give it to the activation; false where it is certain that it is not there."""
         if pid.address == self._own:
             found = self._registry.find(pid.identity)
-            if (
+            return (
                 found is not None
                 and found.pid == pid
                 and found.activation.deliver(content)
-            ):
-                return ()
-            return self._deliveries.bounced(
-                pid, message, needs_mark=False, now_ns=now_ns
             )
         frame = Deliver(
             pid.identity,
@@ -297,13 +309,7 @@ class Outbox:
             max(1, (message.deadline_ns - now_ns) // 1_000_000),
             content.chain,
         )
-        try:
-            is_sent = self._send_frame(pid.address, frame)
-        except BadMessage as error:
-            return (FailMessage(message, Refusal.of(error)),)
-        if is_sent:
-            return ()
-        return self._deliveries.bounced(pid, message, needs_mark=False, now_ns=now_ns)
+        return self._send_frame(pid.address, frame)
 
     def _fail(self, message: Outgoing, refusal: Refusal) -> None:
         content = message.content

@@ -15,13 +15,14 @@ from actors.future import Future
 from actors.log import log, to_stderr
 from actors.lookup import PartitionIdentityLookup, PartitionIdentityLookupConfig
 from actors.node import PlacementNode
+from actors.outbox import Outbox
 from actors.postbox import DEPARTED_MAX, Postbox
 from actors.store_actor import Perform, StoreActor
 from actors.store_memory import MemoryStore
 from actors.transport import InProcessTransport
 from actors.witness import ActivationWitness
 from messages.codec import FRAME_BYTES_MAX, Codec
-from messages.frames import Answer, Bounce, Deliver, LoopBack
+from messages.frames import Answer, Bounce, Deliver, LoopBack, Resolve
 from placement.contracts import (
     Acquire,
     Acquired,
@@ -33,14 +34,18 @@ from placement.contracts import (
     Stale,
     StoreFailure,
 )
+from placement.delivery import Deliveries
 from placement.entry import Acquisition, Pid
-from placement.errors import BadMessage, NoAuthority
+from placement.errors import BadMessage, NoAuthority, NotReady
 from placement.event import EventsLost, Happened
 from placement.identity import Identity
+from placement.pidcache import PidCache
+from placement.registry import VirtualActorRegistry
 from placement.session import ReadSessions, StoreTrouble
-from placement.topology import Address, SessionId
+from placement.topology import Address, SessionId, address_of
 from tests.actors.actors_under_test import Echo
 from tests.actors.test_cluster import FAST, eventually
+from tests.placement.builders import CART, A, B, S, table
 
 CLOCK = SystemClock()
 
@@ -697,3 +702,43 @@ def test_a_future_may_be_waited_for_as_long_as_anybody_likes(timeout: Any) -> No
     timer.start()
     assert future.get(timeout=timeout) == 5
     timer.join()
+
+
+# --- outbox ---
+
+
+def test_an_ask_that_did_not_leave_is_not_lost_with_the_session_it_was_for() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    cache = PidCache(ttl_ns=60 * S, size_max=10)
+    sent: list[Any] = []
+
+    def send(to: Address, frame: Any) -> bool:
+        sent.append((to, type(frame)))
+        return not isinstance(frame, Deliver)  # who held it has left
+
+    outbox = Outbox(
+        own=Address("x.1"),
+        dispatcher=dispatcher,
+        deliveries=Deliveries(cache),
+        registry=VirtualActorRegistry(),
+        send=send,
+        need_topology=lambda _: None,
+        publish=lambda _: None,
+        ask_timeout=5.0,
+    )
+    outbox.open()
+    outbox.adopt(table(A, B), ())
+    cache.put(Pid(CART, A, 5), dispatcher.now_ns())
+    future = Future()
+
+    outbox.send(CART, 1, future=future, timeout=None, request_id="", chain=())
+    outbox.adopt(table(B, epoch=2), (A,))
+
+    # It is certain that nobody has it: it is sought anew, and its outcome known.
+    assert sent[0] == (address_of(A), Deliver)
+    assert sent[-1] == (address_of(B), Resolve)
+    assert not future.is_done
+    outbox.close("the end")
+    with pytest.raises(NotReady, match="the end"):
+        future.get(timeout=0)
+    assert dispatcher.stop(5)
