@@ -24,7 +24,7 @@ from placement.identity import Identity
 from placement.partition import PartitionTable
 from placement.pidcache import PidCache
 from placement.retry import RetryPolicy
-from placement.topology import SessionId
+from placement.topology import SessionId, address_of
 
 BOUNCES_MAX = 16
 WAITING_MAX = 10_000
@@ -113,6 +113,7 @@ class _Hold:
     waiting: deque[Outgoing] = field(default_factory=deque)
     marked: Pid | None = None
     owner: SessionId | None = None
+    followed_epoch: int = 0
     due_ns: int = 0
     tried: int = 0
     refusal: Refusal = _NOT_IN_TIME
@@ -287,7 +288,14 @@ class Deliveries:
         if hold is None or hold.marked is not None or self._table is None:
             return ()
         if epoch > self._table.epoch:
-            return (NeedTopology(epoch), *self._ask(hold, owner, epoch, now_ns))
+            is_back = hold.owner is None or address_of(owner) == address_of(hold.owner)
+            if epoch > hold.followed_epoch and not is_back:
+                hold.followed_epoch = epoch
+                return (NeedTopology(epoch), *self._ask(hold, owner, epoch, now_ns))
+            # Followed before, or back to whoever said so (it has another session
+            # than the members know): sent on at once it would go in circles.
+            self._pause(hold, now_ns)
+            return (NeedTopology(epoch),)
         # Its knowledge is older than ours: it waits for ours when asked so.
         self._pause(hold, now_ns)
         return ()

@@ -128,7 +128,9 @@ class Node:
                 self.store(
                     lambda: store.release([release])[0],
                     lambda o: self.claims.released(
-                        release, is_released=isinstance(o, Released)
+                        release,
+                        is_released=isinstance(o, Released),
+                        now_ns=self.now(),
                     ),
                 )
             case ClaimEntry(claim):
