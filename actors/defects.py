@@ -1,5 +1,7 @@
 """Known-broken variants of the cluster, each to show that the observer sees it."""
 
+from dataclasses import dataclass
+
 from actors.node import PlacementNode
 from actors.simulation import Process, Shared
 
@@ -18,7 +20,18 @@ class Variant:
         """Change a node that has not started."""
 
 
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """A known-broken variant: what is wrong, and which rules see it."""
+
+    description: str
+    rules: tuple[str, ...]
+    variant: type[Variant]
+
+
+DEFECTS: dict[str, Defect] = {}
+
+
 def variant_of(name: str) -> Variant:
     """The variant of that name."""
-    assert not name
-    return Variant()
+    return DEFECTS[name].variant() if name else Variant()

@@ -95,10 +95,11 @@ def plan(
         if kind not in kinds or kind == "drift":
             continue
         draw = Random(f"{seed}/plan {kind}")  # noqa: S311
-        for index in range(1 + int(draw.random() * 3)):
-            found.append(
-                _episode(draw, FAULTS.index(kind) * 10 + index, kind, duration_s, ttl_s)
-            )
+        first = FAULTS.index(kind) * 10
+        found += (
+            _episode(draw, first + index, kind, duration_s, ttl_s)
+            for index in range(1 + int(draw.random() * 3))
+        )
     return tuple(found)
 
 

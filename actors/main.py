@@ -34,6 +34,7 @@ from actors.run import (
     summary,
     write_report,
 )
+from actors.simulate_command import simulate_command
 from actors.store_url import BadStore, check_store
 from actors.witness import ActivationWitness
 from placement.contracts import StoreFailure
@@ -47,6 +48,9 @@ FAILED, WRONG, INTERRUPTED = 1, 2, 130
 @click.version_option(package_name="actor-placement", prog_name="placement")
 def main() -> None:
     """Virtual actors: addressed by identity, at most one activation of each."""
+
+
+main.add_command(simulate_command)
 
 
 def _wrong(message: str) -> "click.exceptions.Exit":

@@ -138,6 +138,10 @@ class Frame:
     name: str
     fields: tuple[Any, ...]
 
+    def __str__(self) -> str:
+        said = " ".join(map(str, self.fields))
+        return f"{self.sender} -> {self.receiver}  {self.name} {said}"
+
 
 class Witnessed:
     """A trial performed again with all its frames kept."""
@@ -168,18 +172,12 @@ class Witnessed:
                 named is None and type(record).__name__ in _OF_ALL
             ):
                 lines.append((record.at_ns, _line_of(record)))
-        for frame in self.frames:
-            if (
-                since_ns <= frame.at_ns <= violation.at_ns
-                and violation.identity in frame.fields
-            ):
-                lines.append(
-                    (
-                        frame.at_ns,
-                        f"{frame.sender} -> {frame.receiver}  {frame.name} "
-                        f"{' '.join(map(str, frame.fields))}",
-                    )
-                )
+        lines += (
+            (frame.at_ns, str(frame))
+            for frame in self.frames
+            if since_ns <= frame.at_ns <= violation.at_ns
+            and violation.identity in frame.fields
+        )
         lines.sort(key=lambda each: each[0])
         for at_ns, line in lines[-_TOLD_MAX:]:
             yield f"{at_ns / 1e9:14.6f}  {line}"

@@ -3,11 +3,11 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgpack
 import msgspec
-import xxhash
 
 from actors.engine import Settings
 from actors.faults import (
@@ -23,7 +23,7 @@ from actors.future import Future
 from actors.kind import Kind
 from actors.node import PlacementNode
 from actors.observer import Bounds, Violation, observe
-from actors.simulation import PARTITIONS, Process, Shared, SimulatedCluster
+from actors.simulation import PARTITIONS, Process, Shared
 from actors.trace import (
     Asked,
     Ended,
@@ -37,7 +37,6 @@ from actors.trace import (
     WorkDone,
 )
 from actors.workload import Order, kinds_on, outcome_of
-from placement.identity import Identity
 
 TTL_S = 2.0
 REQUESTS_PER_S = 100.0
@@ -367,7 +366,7 @@ class Trial:
             return
         try:
             value, outcome, reason = future.get(timeout=0), "answered", ""
-        except Exception as error:  # noqa: BLE001  that is what is recorded
+        except Exception as error:
             value = None
             outcome, reason = outcome_of(error)
         self.outcomes[outcome] += 1
@@ -425,17 +424,13 @@ class Trial:
             for number in range(self.scenario.identities):
                 identity = f"counter/{number}"
                 future = node.seek(identity, timeout=seconds)
-                future.on_done(
-                    lambda done, node=node, identity=identity: self._reached(
-                        node, identity, done
-                    )
-                )
+                future.on_done(partial(self._reached, node, identity))
 
     def _reached(self, node: PlacementNode, identity: str, future: Future) -> None:
         reason = ""
         try:
             future.get(timeout=0)
-        except Exception as error:  # noqa: BLE001  that is what is recorded
+        except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         self.records.append(
             Reached(self.world.moment_ns(), str(node.address), identity, reason)

@@ -206,7 +206,9 @@ class Order:
 
     __slots__ = ("at_s", "identity", "number", "operation", "other", "where")
 
-    def __init__(self, draw: Random, number: int, identities: int, until_s: float):
+    def __init__(
+        self, draw: Random, number: int, identities: int, until_s: float
+    ) -> None:
         self.number = number
         self.at_s = draw.random() * until_s
         # Some are asked much more often than others.
