@@ -219,13 +219,20 @@ class _Inbox:
     def __init__(self) -> None:
         self.envelopes: deque[Any] = deque()
         self._wake: Callable[[], None] | None = None
+        self._defer: Callable[..., bool] | None = None
         self._is_awake = False
 
-    def attach(self, wake: Callable[[], None]) -> None:
-        self._wake = wake
+    def attach(
+        self, wake: Callable[[], None], defer: Callable[..., bool] | None
+    ) -> None:
+        self._wake, self._defer = wake, defer
         self.awaken()
 
     def put(self, envelope: Any, /) -> None:
+        if self._defer is None or not self._defer(self._take_in, envelope):
+            self._take_in(envelope)
+
+    def _take_in(self, envelope: Any) -> None:
         self.envelopes.append(envelope)
         self.awaken()
 
@@ -289,7 +296,9 @@ class DispatchedActor(pykka.Actor):
     def _start_actor_loop(self) -> None:
         self.dispatcher.post(self._actor_loop_setup)
         inbox: Any = self.actor_inbox
-        inbox.attach(lambda: self.dispatcher.post(self._drain))
+        # Where turns take virtual time, a message leaves at the time of its sending.
+        defer = getattr(self.dispatcher, "defer", None)
+        inbox.attach(lambda: self.dispatcher.post(self._drain), defer)
 
     def _drain(self) -> None:
         inbox: Any = self.actor_inbox

@@ -32,6 +32,9 @@ from placement.session import (
     WriteMembers,
 )
 
+#: How long the requests of a failed batch are tried one by one.
+_ALONE_NS = 500_000_000
+
 EntryRequest: TypeAlias = Acquire | Release | Load | Claim | Save | GiveUp
 SessionRequest: TypeAlias = (
     OpenSession | RenewSession | ReadSessions | CloseSession | WriteMembers
@@ -212,9 +215,14 @@ class StoreActor(DispatchedActor):
                 for step in flat:
                     step.outcome = outcome
                 return
-            # One of them may be the cause: let it fail alone.
+            # One of them may be the cause: let it fail alone. Where each takes long
+            # to fail, it is the store: a thousand time-outs would hold up the rest.
+            until_ns = self.dispatcher.now_ns() + _ALONE_NS
             for step in flat:
-                self._perform_all([step])
+                if self.dispatcher.now_ns() < until_ns:
+                    self._perform_all([step])
+                else:
+                    step.outcome = Failed(str(error), may_have_happened=False)
         except Exception as error:  # a store may be a user's own
             self.failure_count += 1
             log.exception("the store raised what is no StoreFailure")

@@ -383,7 +383,7 @@ class Trial:
             self.start_node(f"node-{number}")
         self.start_node("client-1", is_client=True)
         self.start_node("client-2", is_client=True)
-        world.run_until(world.now_ns + 500_000_000)
+        world.run_until(world.now_ns + 1_000_000_000)
         began_ns = world.now_ns
         draw = world.stream("requests")
         duration_s = scenario.duration_s

@@ -216,6 +216,14 @@ class SteppedDispatcher:
         else:
             self._put(turn, arguments)
 
+    def defer(self, turn: Turn, /, *arguments: Any) -> bool:
+        """Have `turn` run when the turn under way has come so far; false: it has."""
+        world = self._world
+        if not world.spent_ns:
+            return False
+        world.at(world.now_ns + world.spent_ns, turn, *arguments)
+        return True
+
     def _put(self, turn: Turn, arguments: tuple[Any, ...]) -> None:
         self._turns.append((turn, arguments))
         if not self._is_scheduled:

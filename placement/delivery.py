@@ -27,6 +27,9 @@ from placement.retry import RetryPolicy
 from placement.topology import SessionId, address_of
 
 BOUNCES_MAX = 16
+
+#: Of how many identities it is remembered that a known activation's session ended.
+OVER_MAX = 100_000
 WAITING_MAX = 10_000
 
 #: Refusals after which a later resolution may go better.
@@ -129,6 +132,7 @@ class Deliveries:
         self.cache = cache
         self._held: dict[Identity, _Hold] = {}
         self._by_request: dict[int, _Hold] = {}
+        self._over: dict[Identity, int] = {}
         self._table: PartitionTable | None = None
         self._is_running = False
         self._why_not = "the node has not started"
@@ -167,14 +171,23 @@ class Deliveries:
     ) -> tuple[DeliveryEffect, ...]:
         """Resolve by `table` from now on; nothing comes back from `closed`."""
         self._table = table
-        gone = frozenset(closed)
-        effects: list[DeliveryEffect] = [
-            Happened(kind="cache", name="Dropped", identity=identity, reason="topology")
-            for identity in self.cache.adopt(table.topology)
-        ]
+        gone = frozenset(address_of(session) for session in closed)
+        effects: list[DeliveryEffect] = []
+        for pid in self.cache.adopt(table.topology):
+            self._note_over(pid)
+            effects.append(
+                Happened(
+                    kind="cache",
+                    name="Dropped",
+                    identity=pid.identity,
+                    session=pid.session,
+                    token=pid.fencing_token,
+                    reason="topology",
+                )
+            )
         for hold in sorted(self._held.values(), key=lambda each: each.identity):
             if hold.marked is not None:
-                if hold.marked.session in gone:
+                if hold.marked.address in gone:
                     effects += self._resolve(hold, now_ns)
             elif hold.owner is None or hold.owner not in table.topology:
                 effects += self._resolve(hold, now_ns)
@@ -226,11 +239,10 @@ class Deliveries:
         message.bounces += 1
         if not self._is_running:
             return (FailMessage(message, Refusal("NotReady", self._why_not)),)
-        known = self.cache.peek(pid.identity)
-        if known is not None and known.fencing_token > pid.fencing_token:
+        if self._is_overtaken(pid):
             # What was sent after it went to a newer activation already: sent on
             # now, it would arrive out of order.
-            refusal = Refusal("NotHere", f"later messages went to {known} before it")
+            refusal = Refusal("NotHere", "later messages have gone elsewhere before it")
             return (FailMessage(message, refusal),)
         if message.bounces > BOUNCES_MAX:
             refusal = Refusal("NotHere", f"sent {BOUNCES_MAX} times, never there")
@@ -247,6 +259,19 @@ class Deliveries:
             return self._resolve(hold, now_ns)
         hold.marked = pid
         return self._mark(hold, now_ns)
+
+    def _is_overtaken(self, pid: Pid) -> bool:
+        known = self.cache.peek(pid.identity)
+        if known is not None and known.fencing_token > pid.fencing_token:
+            return True
+        # Its session was over: nobody waited for what might yet come back.
+        return self._over.get(pid.identity, 0) >= pid.fencing_token
+
+    def _note_over(self, pid: Pid) -> None:
+        self._over.pop(pid.identity, None)
+        self._over[pid.identity] = pid.fencing_token
+        if len(self._over) > OVER_MAX:
+            del self._over[next(iter(self._over))]
 
     def marked(
         self, identity: Identity, mark: int, *, now_ns: int

@@ -86,11 +86,13 @@ class PidCache:
             [i for i, (_, pid) in self._pids.items() if pid.session in gone]
         )
 
-    def adopt(self, topology: Topology) -> tuple[Identity, ...]:
+    def adopt(self, topology: Topology) -> tuple[Pid, ...]:
         """Drop the references to sessions that are no members of `topology`."""
-        return self._drop(
-            [i for i, (_, pid) in self._pids.items() if pid.session not in topology]
+        gone = tuple(
+            pid for _, pid in self._pids.values() if pid.session not in topology
         )
+        self._drop([pid.identity for pid in gone])
+        return gone
 
     def _drop(self, identities: list[Identity]) -> tuple[Identity, ...]:
         for identity in identities:
