@@ -226,14 +226,7 @@ class _NodeSender:
         return future
 
     def tell(self, identity: Identity, payload: Any, *, request_id: str) -> None:
-        self._outbox.send(
-            identity,
-            payloads.copy(payload),
-            future=None,
-            timeout=None,
-            request_id=request_id or "",
-            chain=(),
-        )
+        self._outbox.tell(identity, payloads.copy(payload), request_id)
 
     def may_block(self) -> None:
         if must_not_block():
@@ -877,6 +870,7 @@ class PlacementNode(Verbs):
             frame.request_id,
             frame.remaining_ms,
             frame.chain,
+            frame.told,
         )
         is_ask = frame.message_id != 0
         # Nobody waits for a tell: it may be in the mailbox as long as it takes.

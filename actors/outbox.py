@@ -181,6 +181,34 @@ class Outbox:
                     self._forget_answered()
             self._dispatch(message, now_ns)
 
+    def tell(self, identity: Identity, payload: Any, request_id: str) -> None:
+        """Send `payload`, which has been checked and copied, without an answer.
+
+        The same as `send`, in fewer steps where the activation is on this node.
+        """
+        now_ns = self._now_ns()
+        mail = Mail(payload, request_id, (), 0, False, self)
+        with self.lock:
+            self._last_number = mail.number = self._last_number + 1
+            if not self._is_performing:
+                pid = self._deliveries.route(identity, now_ns)
+                if (
+                    pid is not None
+                    and pid.address == self._own
+                    and (found := self._registry.find(identity)) is not None
+                    and found.pid.fencing_token == pid.fencing_token
+                    and found.activation.deliver(mail)
+                ):
+                    return
+            self._dispatch(self._outgoing(mail, identity, now_ns), now_ns)
+
+    def _outgoing(self, mail: Mail, identity: Identity, now_ns: int) -> Outgoing:
+        """A told mail as a message of this node's, to be held or sent elsewhere."""
+        deadline_ns = now_ns + round(self.ask_timeout * 1e9)
+        message = Outgoing(mail.number, identity, deadline_ns, mail, mail.chain)
+        mail.carried = message
+        return message
+
     def _forget_answered(self) -> None:
         """Keep no deadline of what has its answer; the lock is held."""
         asked = self._asked
@@ -210,10 +238,7 @@ class Outbox:
             return self._deliveries.cache.forget_sessions([session])
 
     def _dispatch(self, message: Outgoing, now_ns: int) -> None:
-        refusal = self._deliveries.refusal()
-        pid = None
-        if refusal is None:
-            pid = self._deliveries.route(message.identity, now_ns)
+        pid = self._deliveries.route(message.identity, now_ns)
         if pid is None:
             self._perform(self._deliveries.hold(message, now_ns=now_ns))
             self._alarm.set(now_ns + _LOOK_EVERY_NS)
@@ -297,7 +322,7 @@ class Outbox:
             found = self._registry.find(pid.identity)
             return (
                 found is not None
-                and found.pid == pid
+                and found.pid.fencing_token == pid.fencing_token
                 and found.activation.deliver(content)
             )
         frame = Deliver(
@@ -308,6 +333,7 @@ class Outbox:
             content.request_id,
             max(1, (message.deadline_ns - now_ns) // 1_000_000),
             content.chain,
+            0 if content.is_ask else message.number,
         )
         return self._send_frame(pid.address, frame)
 
@@ -340,10 +366,10 @@ class Outbox:
 
     def bounced(self, mail: Mail, pid: Pid) -> None:
         """A sealed mailbox on this node gives it back; the lock is held."""
-        message = mail.carried
-        assert isinstance(message, Outgoing)
         with self.lock:
             now_ns = self._now_ns()
+            message = mail.carried or self._outgoing(mail, pid.identity, now_ns)
+            assert isinstance(message, Outgoing)
             asked = self._asked.get(message.number)
             if asked is not None:
                 asked.session = None
@@ -383,14 +409,11 @@ class Outbox:
                     return
                 asked.session = None
             else:
-                self._last_number += 1
                 deadline_ns = now_ns + frame.remaining_ms * 1_000_000
                 mail = Mail(
                     frame.payload, frame.request_id, frame.chain, 0, False, self
                 )
-                message = Outgoing(
-                    self._last_number, identity, deadline_ns, mail, frame.chain
-                )
+                message = Outgoing(frame.told, identity, deadline_ns, mail, frame.chain)
                 mail.number, mail.carried = message.number, message
                 # The mark goes to the incarnation; its session's number is not
                 # needed for that.

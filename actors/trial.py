@@ -449,13 +449,12 @@ class Trial:
                 self.records.append(
                     FinalState(now_ns, str(identity), _requests_in(row.snapshot))
                 )
-            open_sessions = contents.open_sessions
             if row.lock is not None and self._is_lost(row.lock.session):
                 self._left("store", f"lock of {row.lock}", identity)
             if (
                 row.owner is not None
-                and row.owner in open_sessions
                 and (row.owner, identity) not in hosted
+                and self._is_lost(row.owner)
             ):
                 self._left("store", f"entry of {row.owner}, not hosted", identity)
         live = {node.session for node in self.nodes.values()}
@@ -467,10 +466,10 @@ class Trial:
                 self._left(node.name, what, of)
 
     def _is_lost(self, session: str) -> bool:
-        """Whether nobody will free a lock of `session` by itself.
+        """Whether nobody will free what `session` has in the store.
 
-        One that was taken later than the store had said stays until somebody
-        wants it, and asks its holder.
+        What was written later than the store had said stays until somebody wants
+        it, and asks whoever opened that session.
         """
         if session not in self.shared.store._contents.open_sessions:  # noqa: SLF001
             return False
@@ -495,7 +494,11 @@ class Trial:
             )
         )
         records = sorted(self.records, key=lambda each: each.at_ns)
-        bounds = Bounds(liveness_ns=round(3 * TTL_S * 1e9), grace_ns=9_000_000_000)
+        # Who stands still hears of an answer, and of its time, when it goes on.
+        paused_s = sum(e.for_s for e in self.episodes if e.kind == "pause")
+        bounds = Bounds(
+            liveness_ns=round(3 * TTL_S * 1e9), grace_ns=round((2.5 + paused_s) * 1e9)
+        )
         violations = observe(records, bounds)
         violations += tuple(
             Violation("bug", "", self.world.now_ns, f"{name}: {error!r}")

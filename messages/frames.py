@@ -125,7 +125,11 @@ class HolderAnswer(msgspec.Struct, frozen=True, array_like=True, tag=11):
 
 
 class Deliver(msgspec.Struct, frozen=True, array_like=True, tag=12):
-    """A message to the activation with `token`. `message_id` 0 wants no answer."""
+    """A message to the activation with `token`. `message_id` 0 wants no answer.
+
+    `told` is then its number among the sender's messages, by which a bounce is
+    put in order again.
+    """
 
     identity: str
     token: int
@@ -134,6 +138,7 @@ class Deliver(msgspec.Struct, frozen=True, array_like=True, tag=12):
     request_id: str
     remaining_ms: int
     chain: tuple[str, ...]
+    told: int = 0
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True, tag=13):
@@ -164,6 +169,7 @@ class Bounce(msgspec.Struct, frozen=True, array_like=True, tag=15):
     request_id: str
     remaining_ms: int
     chain: tuple[str, ...]
+    told: int = 0
 
 
 class Mark(msgspec.Struct, frozen=True, array_like=True, tag=16):

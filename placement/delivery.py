@@ -121,8 +121,11 @@ class _Hold:
     tried: int = 0
     refusal: Refusal = _NOT_IN_TIME
 
-    def messages(self) -> tuple[Outgoing, ...]:
-        return (*self.bounced, *self.waiting)
+    def messages(self) -> list[Outgoing]:
+        """All of them, in the order in which they were first sent."""
+        # What came back may have come in any order: some from a node, some not
+        # even sent.
+        return sorted((*self.bounced, *self.waiting), key=lambda each: each.number)
 
 
 class Deliveries:
@@ -134,7 +137,7 @@ class Deliveries:
         self._by_request: dict[int, _Hold] = {}
         self._over: dict[Identity, int] = {}
         self._table: PartitionTable | None = None
-        self._is_running = False
+        self._is_running = self._is_ready = False
         self._why_not = "the node has not started"
         self._last_request = 0
 
@@ -152,10 +155,12 @@ class Deliveries:
     def open(self) -> None:
         """Accept messages from now on."""
         self._is_running = True
+        self._look_whether_ready()
 
     def close(self, why: str) -> tuple[DeliveryEffect, ...]:
         """Refuse messages from now on, and those that wait."""
         self._is_running, self._why_not, self._table = False, why, None
+        self._look_whether_ready()
         refusal = Refusal("NotReady", why)
         effects = [
             FailMessage(message, refusal)
@@ -171,6 +176,7 @@ class Deliveries:
     ) -> tuple[DeliveryEffect, ...]:
         """Resolve by `table` from now on; nothing comes back from `closed`."""
         self._table = table
+        self._look_whether_ready()
         gone = frozenset(address_of(session) for session in closed)
         effects: list[DeliveryEffect] = []
         for pid in self.cache.adopt(table.topology):
@@ -197,9 +203,12 @@ class Deliveries:
 
     def route(self, identity: Identity, now_ns: int) -> Pid | None:
         """Where a message to `identity` goes straight; none: `hold` it."""
-        if identity in self._held:
+        if identity in self._held or not self._is_ready:
             return None
         return self.cache.get(identity, now_ns)
+
+    def _look_whether_ready(self) -> None:
+        self._is_ready = self.refusal() is None
 
     def refusal(self) -> Refusal | None:
         """Why nothing can be sent now; none where it can."""

@@ -305,7 +305,7 @@ class Hosting:
             # The session of that claim is over; its closing frees the entry.
             return ()
         match outcome:
-            case Failed(_, may_have_happened=True):
+            case Failed(_, may_have_happened) if may_have_happened or hosted.tried:
                 # The same attempt again: the store confirms it or makes it, and
                 # either way says so. Nothing else is safe to conclude.
                 self._try_again(hosted, now_ns)

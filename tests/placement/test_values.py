@@ -299,7 +299,7 @@ def test_the_cache_forgets_by_time_size_token_and_topology() -> None:
     assert not cache.remove(pid(3, 9).identity, token=0)
     assert cache.remove(pid(3).identity, token=1)
     assert not cache.remove(pid(3).identity)
-    assert cache.adopt(topology(A)) == (pid(2).identity,)
+    assert cache.adopt(topology(A)) == (pid(2, session=B),)
     cache.put(pid(4), 0)
     assert cache.forget_sessions([B]) == ()
     assert cache.forget_sessions([A]) == (pid(4).identity,)
