@@ -38,7 +38,10 @@ def copy(value: Any) -> Any:
         return value
     if kind is int and INT_MIN <= value <= INT_MAX:
         return value
-    copied, size = _copy(value, "payload", 0)
+    try:
+        copied, size = _copy(value, 0)
+    except _Misfit as misfit:
+        raise misfit.said() from None
     if size > _SIZE_MAX:
         raise BadMessage(f"payload has {size} bytes, at most {BYTES_MAX}")
     return copied
@@ -102,14 +105,29 @@ def _refuse_extension(code: int, data: bytes) -> Any:
     raise BadMessage(f"extension type {code} of {len(data)} bytes")
 
 
-def _copy(value: Any, path: str, depth: int) -> tuple[Any, int]:
+class _Misfit(Exception):
+    """Something in a payload that cannot be carried; its place is found on the way up.
+
+    A place costs nothing where nothing is wrong.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.steps: list[str] = []
+
+    def said(self) -> BadMessage:
+        """The error, with the place."""
+        return BadMessage(f"payload{''.join(reversed(self.steps))}: {self}")
+
+
+def _copy(value: Any, depth: int) -> tuple[Any, int]:
     """Copy `value`, and bound from above how many bytes it takes."""
     kind = type(value)
     if kind is str:
         try:
-            size = len(value.encode())
+            size = len(value) if value.isascii() else len(value.encode())
         except UnicodeEncodeError:
-            raise BadMessage(f"{path}: the text is not valid UTF-8") from None
+            raise _Misfit("the text is not valid UTF-8") from None
         return value, size + (1 if size < _SMALL_TEXT else _HEADER)
     if kind in _SCALARS:
         return value, _SIZES[kind]
@@ -120,28 +138,21 @@ def _copy(value: Any, path: str, depth: int) -> tuple[Any, int]:
             return value, 5
         if INT_MIN <= value <= INT_MAX:
             return value, 9
-        raise BadMessage(f"{path}: {value} does not fit into 64 bits")
+        raise _Misfit(f"{value} does not fit into 64 bits")
     if kind is bytes:
         return value, _HEADER + len(value)
     if depth >= DEPTH_MAX:
-        raise BadMessage(f"{path}: nested more than {DEPTH_MAX} deep")
+        raise _Misfit(f"nested more than {DEPTH_MAX} deep")
     if kind is dict:
-        return _copy_dict(value, path, depth)
+        return _copy_dict(value, depth)
     if kind is list or kind is tuple:
-        _check_count(value, path)
-        size = _HEADER
-        items = []
-        for index, item in enumerate(value):
-            copied, item_size = _copy(item, f"{path}[{index}]", depth + 1)
-            items.append(copied)
-            size += item_size
-        return items, size
+        return _copy_list(value, depth)
     for base in (str, int, float, bytes, dict, list, tuple):
         if isinstance(value, base):
             # Not value.__str__() and the like: those may be overridden.
             plain: Any = base.__str__(value) if base is str else _plain(base, value)
-            return _copy(plain, path, depth)
-    raise BadMessage(f"{path}: a {kind.__name__} cannot be carried")
+            return _copy(plain, depth)
+    raise _Misfit(f"a {kind.__name__} cannot be carried")
 
 
 def _plain(base: type, value: Any) -> Any:
@@ -152,22 +163,51 @@ def _plain(base: type, value: Any) -> Any:
     return base(value)
 
 
-def _check_count(value: Any, path: str) -> None:
+def _check_count(value: Any) -> None:
     if len(value) > ITEMS_MAX:
-        raise BadMessage(f"{path}: it has {len(value)} items, at most {ITEMS_MAX}")
+        raise _Misfit(f"it has {len(value)} items, at most {ITEMS_MAX}")
 
 
-def _copy_dict(value: dict[Any, Any], path: str, depth: int) -> tuple[Any, int]:
-    _check_count(value, path)
+def _copy_list(value: Any, depth: int) -> tuple[list[Any], int]:
+    _check_count(value)
+    size = _HEADER
+    items: list[Any] = []
+    try:
+        for item in value:
+            copied, item_size = _copy(item, depth + 1)
+            items.append(copied)
+            size += item_size
+    except _Misfit as misfit:
+        misfit.steps.append(f"[{len(items)}]")
+        raise
+    return items, size
+
+
+def _copy_dict(value: dict[Any, Any], depth: int) -> tuple[dict[Any, Any], int]:
+    _check_count(value)
     size = _HEADER
     items: dict[Any, Any] = {}
     for key, item in value.items():
-        if isinstance(key, bool) or not isinstance(key, str | int):
-            raise BadMessage(
-                f"{path}: key {key!r} is a {type(key).__name__}, keys are str or int"
-            )
-        plain_key, key_size = _copy(key, f"{path} key {key!r}", depth + 1)
-        copied, item_size = _copy(item, f"{path}[{key!r}]", depth + 1)
+        if type(key) is str and key.isascii():
+            plain_key: Any = key
+            size += len(key) + _HEADER
+        else:
+            plain_key, key_size = _copy_key(key, depth)
+            size += key_size
+        try:
+            copied, item_size = _copy(item, depth + 1)
+        except _Misfit as misfit:
+            misfit.steps.append(f"[{key!r}]")
+            raise
         items[plain_key] = copied
-        size += key_size + item_size
+        size += item_size
     return items, size
+
+
+def _copy_key(key: Any, depth: int) -> tuple[Any, int]:
+    if isinstance(key, bool) or not isinstance(key, str | int):
+        raise _Misfit(f"key {key!r} is a {type(key).__name__}, keys are str or int")
+    try:
+        return _copy(key, depth + 1)
+    except _Misfit as misfit:
+        raise _Misfit(f"key {key!r}: {misfit}") from None

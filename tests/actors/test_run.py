@@ -297,7 +297,7 @@ def test_a_store_locked_in_mid_run_fails_what_it_touches_and_nothing_else(
     assert found["answered"] + found["failed"] == 18_000
     assert found["double_activations"] == 0
     assert "is locked" in result.stderr
-    assert "failed: StoreFailed, first line " in result.stderr
+    assert "failed: SaveFailed, first line " in result.stderr
     rows = [json.loads(line) for line in report.read_text().splitlines()]
     stored = stored_counts(url, [row["identity"] for row in rows])
     assert all(stored[row["identity"]] >= row["count"] for row in rows)

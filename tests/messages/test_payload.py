@@ -128,7 +128,7 @@ def test_bytes_that_are_no_payload_are_refused(data: bytes) -> None:
 
 @given(PLAIN)
 def test_the_size_that_is_counted_is_no_smaller_than_the_real_one(value: Any) -> None:
-    _, size = payload._copy(value, "payload", 0)
+    _, size = payload._copy(value, 0)
     assert size >= len(msgpack.packb(value))
 
 
