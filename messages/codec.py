@@ -9,6 +9,7 @@ from typing import Any
 
 import msgpack
 import msgspec
+from msgspec.structs import astuple
 
 from messages.frames import FRAMES, VERSION, Envelope, Frame
 from messages.payload import BYTES_MAX, ITEMS_MAX, check
@@ -32,6 +33,7 @@ def _tag_of(frame: type[msgspec.Struct]) -> int:
 
 
 _BY_TAG = {_tag_of(frame): frame for frame in FRAMES}
+_TAGS = {frame: tag for tag, frame in _BY_TAG.items()}
 _PLAIN_AT = {
     tag: 1 + frame.__struct_fields__.index(name)
     for tag, frame in _BY_TAG.items()
@@ -42,6 +44,16 @@ _IDENTITY_AT = {
     tag: 1 + frame.__struct_fields__.index("identity")
     for tag, frame in _BY_TAG.items()
     if "identity" in frame.__struct_fields__
+}
+
+
+_INTS_AT = {
+    tag: tuple(
+        1 + index
+        for index, name in enumerate(frame.__struct_fields__)
+        if frame.__annotations__[name] is int
+    )
+    for tag, frame in _BY_TAG.items()
 }
 
 
@@ -122,9 +134,10 @@ class Codec:
                 check(body[at])
             except BadMessage as error:
                 raise BadFrame(f"{name}: {error}") from None
-        for index, field in enumerate(body):
-            if index != at and type(field) is int and not 0 <= field <= _INT_MAX:
-                raise BadFrame(f"{name}: {field} is out of range")
+        for index in _INTS_AT[body[0]]:
+            # Fields that were added later may be missing.
+            if index < len(body) and not 0 <= body[index] <= _INT_MAX:
+                raise BadFrame(f"{name}: {body[index]} is out of range")
         return Envelope(version, cluster, sender, to, number, frame)
 
     def _unpack(self, data: bytes) -> Any:
@@ -153,12 +166,12 @@ def _refuse_extension(code: int, data: bytes) -> Any:
 
 def _tuple_of(value: Any) -> Any:
     if isinstance(value, msgspec.Struct):
-        fields = [getattr(value, name) for name in value.__struct_fields__]
+        fields = astuple(value)
         # What was added later is left out where it says nothing: old bytes and
         # new ones are the same.
         for default in reversed(value.__struct_defaults__):
             if fields[-1] != default:
                 break
-            fields.pop()
-        return (value.__struct_config__.tag, *fields)
+            fields = fields[:-1]
+        return (_TAGS[type(value)], *fields)
     raise TypeError(f"a {type(value).__name__} cannot be carried")
