@@ -17,7 +17,7 @@ from actors.event_stream import Reader
 from actors.future import Future
 from actors.kind import BadKind, Kind
 from actors.network import Fate, Network
-from actors.node import STOP_S, PlacementNode, Witness
+from actors.node import STOP_S, Witness
 from actors.observer import Bounds, Violation, observe
 from actors.simulated_store import (
     RecordingStore,
@@ -187,7 +187,7 @@ class Process:
         self.shared.world.bugs.append((self.name, error))
 
     def close(self) -> None:
-        """Leave nothing behind in pykka's registry."""
+        """Stop the actors of the store."""
         for ref in (self.entries, self.sessions):
             if ref.is_alive():
                 ref.stop(block=False)
@@ -212,16 +212,6 @@ class Process:
         """Have it stand still, while its clock goes on."""
         world = self.shared.world
         self.clock.pause(world.moment_ns() + round(seconds * 1e9))
-
-
-def forget_actors(process: Process, node: PlacementNode | None) -> None:
-    """Take the actors of an ended process out of pykka's registry."""
-    refs = [process.entries, process.sessions]
-    if node is not None:
-        refs += [node._coordinator, node._placement]  # noqa: SLF001
-    for ref in refs:
-        ref.actor_stopped.set()
-        pykka.ActorRegistry.unregister(ref)
 
 
 class _Cut:
@@ -385,7 +375,6 @@ class SimulatedCluster(Cluster):
         node._state = "killed"  # noqa: SLF001
         if self._witness is not None:
             self._witness.killed(name)
-        forget_actors(process, node)
 
     crash = kill_node
 
@@ -417,11 +406,6 @@ class SimulatedCluster(Cluster):
         self._is_stopped = True
         for process in self.shared.processes:
             process.clock.is_gone = True
-            forget_actors(process, None)
-        for node in (*self._nodes.values(), self._entry):
-            for ref in (node._coordinator, node._placement):  # noqa: SLF001
-                ref.actor_stopped.set()
-                pykka.ActorRegistry.unregister(ref)
         self._nodes.clear()
 
     # --- the verbs of a simulation ---
