@@ -9,6 +9,7 @@ from typing import Any
 import msgpack
 import msgspec
 
+from actors.defects import variant_of
 from actors.engine import Settings
 from actors.faults import (
     DRIFT_BEYOND_PPM,
@@ -87,8 +88,6 @@ class Trial:
         episodes: Sequence[Episode] | None = None,
         tap: Callable[[int, str, str, bytes], None] | None = None,
     ) -> None:
-        from actors.defects import variant_of  # noqa: PLC0415  they subclass this
-
         self.seed = seed
         self.scenario = scenario
         self.variant = variant_of(scenario.defect)
@@ -167,14 +166,13 @@ class Trial:
         elif "drift" in self.scenario.faults:
             rate_ppm += round((self._drift() * 2 - 1) * DRIFT_PPM)
             self.counts["drift"] += 1
-        process = self.variant.process(self.shared, name, rate_ppm=rate_ppm)
-        node = PlacementNode(
+        process = self.variant.process_type(self.shared, name, rate_ppm=rate_ppm)
+        node = self.variant.node_type(
             name,
             kinds={} if is_client else self.kinds,
             engine=process,
             settings=self.settings,
         )
-        self.variant.change(node)
         self.processes[name], self.nodes[name] = process, node
         if is_client:
             self.clients.append(name)
@@ -429,7 +427,9 @@ class Trial:
     def _reached(self, node: PlacementNode, identity: str, future: Future) -> None:
         reason = ""
         try:
-            future.get(timeout=0)
+            pid = future.get(timeout=0)
+            if pid.session not in self.shared.store._contents.open_sessions:  # noqa: SLF001
+                reason = f"it was sent to {pid}, whose session is closed"
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         self.records.append(
