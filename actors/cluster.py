@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from actors.engine import EmbeddedEngine, Engine, Settings, StoreInUse
 from actors.event_stream import CANCEL_S, EventStream, StartReader, Subscription
@@ -19,6 +19,9 @@ from placement.identity import Identity
 from placement.pidcache import PlacementResolution
 
 __all__ = ["Cluster", "ClusterEvents", "ClusterSnapshot", "StoreInUse"]
+
+if TYPE_CHECKING:
+    from actors.simulation import SimulatedCluster
 
 _ENTRY = "entry"
 
@@ -88,6 +91,8 @@ class Cluster(Verbs):
     are for any thread.
     """
 
+    node_type: type[PlacementNode] = PlacementNode
+
     def __init__(
         self,
         engine: Engine,
@@ -145,6 +150,32 @@ class Cluster(Verbs):
         cluster._start(names)
         return cluster
 
+    @classmethod
+    def simulated(
+        cls,
+        *,
+        seed: int = 1,
+        nodes: int | Iterable[str] = 3,
+        kinds: Mapping[str, Kind | type],
+        witness: Witness | None = None,
+        **settings: Any,
+    ) -> "SimulatedCluster":
+        """Start the same cluster in virtual time, in one thread, from `seed`.
+
+        Asking runs the simulation until there is an answer. On top of the verbs
+        of a cluster it has those that move time and break things: `advance`,
+        `run_until`, `cut`, `heal`, `crash`, `pause`, `store.fail` and `check`.
+
+        Raises:
+            ValueError: a name, setting or kind makes no sense.
+            BadKind: a kind has threads of its own.
+        """
+        from actors.simulation import SimulatedCluster  # noqa: PLC0415  it subclasses
+
+        return SimulatedCluster.start(
+            seed=seed, nodes=nodes, kinds=kinds, witness=witness, **settings
+        )
+
     def _start(self, names: Iterable[str]) -> None:
         try:
             for name in names:
@@ -201,7 +232,7 @@ class Cluster(Verbs):
                 raise NotReady("the cluster has stopped")
             if name in self._nodes or name in self._starting or name == _ENTRY:
                 raise ValueError(f"there is a node {name!r} already")
-            node = PlacementNode(
+            node = self.node_type(
                 name,
                 kinds=self._kinds,
                 engine=self._engine_for(name),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pykka
 
+from actors.activation import GrainActivation
 from actors.cluster import Cluster, check_kinds, names_of
 from actors.dispatch import Dispatcher
 from actors.engine import Engine, GrainDispatcher, Settings
@@ -17,7 +18,7 @@ from actors.event_stream import Reader
 from actors.future import Future
 from actors.kind import BadKind, Kind
 from actors.network import Fate, Network
-from actors.node import STOP_S, Witness
+from actors.node import STOP_S, PlacementNode, Witness
 from actors.observer import Bounds, Violation, observe
 from actors.simulated_store import (
     RecordingStore,
@@ -26,7 +27,7 @@ from actors.simulated_store import (
     Trouble,
 )
 from actors.store_actor import StoreActor
-from actors.trace import ProcessEnded, Record, TopologyTaken
+from actors.trace import Entered, ProcessEnded, Record, TopologyTaken
 from actors.world import (
     DrivenCondition,
     DrivenFuture,
@@ -234,6 +235,42 @@ class _Cut:
         return None
 
 
+class _RecordedActivation(GrainActivation):
+    """Has each entry into user code recorded, for `check`."""
+
+    records: list[Record]
+    world: World
+
+    def _enter(self) -> bool:
+        if not super()._enter():
+            return False
+        purposes = {"starting": "activate", "ending": "passivate"}
+        pid = self.pid
+        self.records.append(
+            Entered(
+                self.world.moment_ns(),
+                str(pid.address),
+                str(pid.identity),
+                str(pid.session),
+                pid.fencing_token,
+                # Which turn of several it is says nothing of who may run it.
+                purposes.get(self._state, "resume"),
+                "",
+            )
+        )
+        return True
+
+
+def _recorded(shared: Shared) -> type[PlacementNode]:
+    """A node whose activations are recorded in `shared`."""
+    activation = type(
+        "RecordedActivation",
+        (_RecordedActivation,),
+        {"records": shared.records, "world": shared.world},
+    )
+    return type("RecordedNode", (PlacementNode,), {"activation_type": activation})
+
+
 #: How a cut names the store.
 STORE = "store"
 
@@ -321,6 +358,7 @@ class SimulatedCluster(Cluster):
         self.world = shared.world
         self.store = SimulatedStoreControl(shared)
         self._processes: dict[str, Process] = {}
+        self.node_type = _recorded(shared)
         super().__init__(self._engine_for("entry"), settings, kinds, witness)
 
     @classmethod
@@ -477,6 +515,8 @@ class SimulatedCluster(Cluster):
 
     def check(self, bounds: Bounds | None = None) -> None:
         """Judge what has happened until now by the rules of the observer.
+
+        What the kinds answer is theirs to judge: a test asserts that itself.
 
         Raises:
             Unsafe: one was broken, or a part of the cluster raised.
