@@ -155,6 +155,10 @@ class Activation(Protocol):
         Called with the node's lock held. A full inbox is told to the origin.
         """
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether it handles something now, or something waits to be."""
+
     def stop(self, *, lapsed: bool) -> None:
         """End it, from any thread; `Host.ended` follows."""
 
@@ -290,6 +294,11 @@ class GrainActivation:
             self._is_scheduled = True
             self._post(self._run)
         return True
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it handles something now, or something waits to be."""
+        return self._turn is not None or bool(self._mailbox)
 
     def stop(self, *, lapsed: bool) -> None:
         """End it; `Host.ended` follows."""

@@ -301,6 +301,11 @@ class PlacementActor(DispatchedActor):
         self._keep(self._machine.tick(now_ns))
         self._host(self._hosting.tick(now_ns=now_ns))
         for pid in self._registry.idle(now_ns):
+            found = self._registry.find(pid.identity)
+            if found is not None and found.activation.is_busy:
+                # Its idle time begins when what it handles has ended.
+                found.last_used_ns = now_ns
+                continue
             self._host(
                 self._hosting.passivate(pid.identity, fencing_token=pid.fencing_token)
             )
