@@ -120,7 +120,7 @@ def _episode(
             for_s = ttl_s * (0.5 + 2.5 * share)
     at_s = draw.random() * max(0.1, duration_s - for_s)
     hows = {
-        "pause": ("between", "inside", "inside"),
+        "pause": ("between", "inside", "inside", "answer"),
         "crash": ("restart", "restart", "gone"),
         "cut": ("both", "one-way", "store", "store"),
         "store-lost": ("lost", "late"),

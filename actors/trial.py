@@ -124,7 +124,7 @@ class Trial:
         self._grain_draws: list[Callable[[], float]] = []
         self._hanging: list[Future] = []
         self._numbers: Counter[tuple[str, str]] = Counter()
-        self._started = 0
+        self._started = self._nested = 0
         self._drift = self.world.stream("drift").random
         if scenario.faults:
             steps = self.world.stream("steps").random
@@ -149,6 +149,12 @@ class Trial:
             if draw() < _GRAIN_RATE:
                 return _GRAIN_TROUBLES[int(draw() * len(_GRAIN_TROUBLES))]
         return ""
+
+    def nested(self, request: str) -> str:
+        """A name, given to nobody before, of what is asked in handling `request`."""
+        # Who handles a request twice, asks twice.
+        self._nested += 1
+        return f"{request}+{self._nested}"
 
     def hang(self, future: Future) -> None:
         """Answer `future` when the fault is over."""
@@ -266,7 +272,7 @@ class Trial:
 
                 self._until(episode, calm)
 
-    def _until(self, episode: Episode, end: Callable[[], None]) -> None:
+    def _until(self, episode: Episode, end: Callable[[], object]) -> None:
         self.world.after(episode.for_s, end)
 
     def _crash(self, episode: Episode, picked: list[str]) -> None:
@@ -288,9 +294,18 @@ class Trial:
         for name in picked[:1]:
             if episode.how == "inside":
                 self._inside[name] = episode.for_s
+            elif episode.how == "answer":
+                call = (name, "sessions" if episode.rate < _MANY else "entries")
+                after_call = self.shared.calls.after_call
+                process = self.processes[name]
+                after_call[call] = partial(self._stand_still, process, episode)
+                self._until(episode, partial(after_call.pop, call, None))
             else:
-                self.counts["pause"] += 1
-                self.processes[name].pause(episode.for_s)
+                self._stand_still(self.processes[name], episode)
+
+    def _stand_still(self, process: Process, episode: Episode) -> None:
+        self.counts["pause"] += 1
+        process.pause(episode.for_s)
 
     def _churn(self, episode: Episode, picked: list[str]) -> None:
         self.counts["churn"] += 1
