@@ -41,7 +41,6 @@ from actors.workload import Order, kinds_on, outcome_of
 
 TTL_S = 2.0
 REQUESTS_PER_S = 100.0
-_HEAL_BEFORE_END_S = 0.0
 _STATE_HEADER = 3
 _ASK_S = 10.0
 
