@@ -188,7 +188,9 @@ class Trial:
             rate_ppm += side * DRIFT_BEYOND_PPM
             self.counts["drift-beyond"] += 1
         elif "drift" in self.scenario.faults:
-            rate_ppm += round((self._drift() * 2 - 1) * DRIFT_PPM)
+            # Every second clock is as wrong as it may be.
+            wrong = min(1.0, max(-1.0, (self._drift() * 2 - 1) * 2))
+            rate_ppm += round(wrong * DRIFT_PPM)
             self.counts["drift"] += 1
         process = self.variant.process_type(self.shared, name, rate_ppm=rate_ppm)
         node = self.variant.node_type(
