@@ -299,6 +299,23 @@ def test_every_dropped_message_is_an_event() -> None:
     cluster.stop()
 
 
+def test_a_full_inbox_on_the_senders_own_node_is_an_event_for_what_is_told() -> None:
+    kinds = {"memo": Kind(Memo, inbox_max=2)}
+    cluster = Cluster.simulated(nodes=1, kinds=kinds)
+    cluster.resolve("memo/1")
+    node = cluster.node("node-1")
+    node.resolve("memo/1")
+    seen: list[Event] = []
+    with cluster.events.subscribe(seen.append):
+        for _ in range(5):
+            node.ref("memo/1").tell("get")
+        cluster.advance(1.0)
+    dropped = [event for event in seen if event.name == "MessageDropped"]
+    assert len(dropped) == 3
+    assert all("Overloaded" in event.reason for event in dropped)
+    cluster.stop()
+
+
 def test_flapping_members_do_not_multiply_work() -> None:
     cluster = cluster_of()
     for number in range(50):
