@@ -12,6 +12,7 @@ from actors.trial import Scenario, Trial
 ARCHITECTURE = Path(__file__).parents[2] / "ARCHITECTURE.md"
 
 
+@pytest.mark.seeds
 @pytest.mark.parametrize("name", DEFECTS)
 def test_a_broken_variant_is_found_by_the_rule_that_it_breaks(name: str) -> None:
     defect = DEFECTS[name]
