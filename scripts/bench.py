@@ -2,8 +2,8 @@
 
 The two sides of a pair alternate within one process, so that a noisy machine
 disturbs both alike; the ratio of their medians is what to compare. Pairs are
-measured on one processor: on several, a thread that wakes another costs 15 or
-80 us as the kernel happens to place the two, whoever wakes whom.
+measured twice: on one processor, and as the kernel places the threads, where a
+thread that wakes another on another processor may cost several times as much.
 """
 
 import argparse
@@ -96,8 +96,8 @@ def pair(
     }
 
 
-def messages() -> list[dict[str, Any]]:
-    """Ask and tell to an activation on the same node."""
+def messages(where: str) -> list[dict[str, Any]]:
+    """Ask and tell on the same node; `where` says how threads are placed."""
     with PlacementNode("bench", kinds={"echo": Echo}) as node:
         node.start_member()
         ref, actor = node.ref("echo/1"), RawEcho.start()
@@ -127,8 +127,8 @@ def messages() -> list[dict[str, Any]]:
 
         try:
             return [
-                pair("ask, local", ASKS, ask_ours, ask_raw),
-                pair("tell, local", TELLS, tell_ours, tell_raw),
+                pair(f"ask, local, {where}", ASKS, ask_ours, ask_raw),
+                pair(f"tell, local, {where}", TELLS, tell_ours, tell_raw),
             ]
         finally:
             actor.stop()
@@ -205,8 +205,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args()
     with one_processor():
-        rows = [*messages(), simulation()]
-    rows.append(sample())
+        rows = [*messages("one processor"), simulation()]
+    rows += [*messages("as placed"), sample()]
     if options.json:
         print(json.dumps({"rows": rows}))
         return

@@ -520,7 +520,6 @@ def test_a_file_where_nothing_may_be_written_is_refused_before_all(
     assert (bare / "old.jsonl").read_text() == "kept"
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
 @pytest.mark.parametrize("options", [["--json"], []])
 def test_where_standard_output_is_full_it_says_so_and_ends_with_1(
     small: Path, options: list[str]
