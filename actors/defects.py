@@ -479,16 +479,16 @@ DEFECTS: dict[str, Defect] = {
     "lease-from-answer": _defect(
         LeaseFromAnswer, 1, "closed-session", "one-activation"
     ),
-    "no-margin": _defect(NoMargin, 8, "closed-session", "one-activation"),
+    "no-margin": _defect(NoMargin, 10, "closed-session", "one-activation"),
     "entry-after-start": _defect(EntryAfterStart, 1, "entry-first"),
     "entry-replaced": _defect(EntryReplaced, 1, "owner-open"),
     "close-ignores-count": _defect(
         CloseIgnoresCount, 5, "closed-session", "one-activation"
     ),
     "late-release": _defect(LateRelease, 1, "stale-write"),
-    "stale-save": _defect(StaleSave, 4, "stale-write"),
+    "stale-save": _defect(StaleSave, 2, "stale-write"),
     "no-output-gate": _defect(NoOutputGate, 1, "saves-kept", "linearizable"),
-    "blind-repeat": _defect(BlindRepeat, 8, "saves-kept", "linearizable"),
+    "blind-repeat": _defect(BlindRepeat, 10, "saves-kept", "linearizable"),
     "sent-again": _defect(SentAgain, 1, "handled-once"),
     "handled-twice": _defect(HandledTwice, 1, "handled-once"),
     "order-lost": _defect(OrderLost, 1, "order"),

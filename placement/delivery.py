@@ -30,6 +30,9 @@ BOUNCES_MAX = 16
 
 #: Of how many identities it is remembered that a known activation's session ended.
 OVER_MAX = 100_000
+
+#: Of how many sessions it is remembered that they are over.
+ENDED_MAX = 10_000
 WAITING_MAX = 10_000
 
 #: Refusals after which a later resolution may go better.
@@ -136,6 +139,7 @@ class Deliveries:
         self._held: dict[Identity, _Hold] = {}
         self._by_request: dict[int, _Hold] = {}
         self._over: dict[Identity, int] = {}
+        self._ended: dict[SessionId, None] = {}
         self._table: PartitionTable | None = None
         self._is_running = self._is_ready = False
         self._why_not = "the node has not started"
@@ -177,7 +181,9 @@ class Deliveries:
         """Resolve by `table` from now on; nothing comes back from `closed`."""
         self._table = table
         self._look_whether_ready()
-        gone = frozenset(address_of(session) for session in closed)
+        over = tuple(closed)
+        gone = frozenset(address_of(session) for session in over)
+        self._note_ended(over)
         effects: list[DeliveryEffect] = []
         for pid in self.cache.adopt(table.topology):
             self._note_over(pid)
@@ -276,6 +282,11 @@ class Deliveries:
         # Its session was over: nobody waited for what might yet come back.
         return self._over.get(pid.identity, 0) >= pid.fencing_token
 
+    def _note_ended(self, sessions: Iterable[SessionId]) -> None:
+        self._ended.update(dict.fromkeys(sessions))
+        while len(self._ended) > ENDED_MAX:
+            del self._ended[next(iter(self._ended))]
+
     def _note_over(self, pid: Pid) -> None:
         self._over.pop(pid.identity, None)
         self._over[pid.identity] = pid.fencing_token
@@ -300,7 +311,18 @@ class Deliveries:
         hold = self._by_request.get(request)
         if hold is None or hold.marked is not None or hold.identity != pid.identity:
             return ()
+        if pid.session in self._ended:
+            # An answer that was late: what it names is over, and nothing would
+            # take it out of the cache again.
+            self._pause(hold, now_ns)
+            return ()
         self._drop(hold)
+        if self._table is None or pid.session not in self._table.topology:
+            # Too new to be known here, or over before it was: used, not kept.
+            return (
+                NeedTopology(0),
+                *(Transmit(pid, message) for message in hold.messages()),
+            )
         self.cache.put(pid, now_ns)
         effects: list[DeliveryEffect] = [
             Happened(

@@ -236,3 +236,27 @@ def test_more_than_so_many_do_not_wait_for_one_identity() -> None:
     assert refused.refusal.reason == "Overloaded"
     assert refused.message.number == WAITING_MAX
     assert len(sent(made.resolved(resolve.request, HERE, now_ns=1))) == WAITING_MAX
+
+
+def test_a_late_answer_that_names_a_session_which_is_over_is_asked_again() -> None:
+    made = deliveries()
+    asked = held(made)
+    made.adopt(table(A), (B,), now_ns=0)
+
+    assert sent(made.resolved(asked.request, THERE, now_ns=1)) == []
+    assert made.cache.peek(CART) is None
+    again = only(made.tick(now_ns=2 * S), ResolvePid)
+    assert again.owner == A
+    assert sent(made.resolved(again.request, HERE, now_ns=2 * S)) == [(HERE, 1)]
+
+
+def test_an_answer_that_names_no_known_member_is_used_and_not_kept() -> None:
+    made = deliveries(adopted=False)
+    made.adopt(table(A), (), now_ns=0)
+    asked = held(made)
+
+    effects = made.resolved(asked.request, THERE, now_ns=1)
+
+    assert sent(effects) == [(THERE, 1)]
+    assert only(effects, NeedTopology).epoch == 0
+    assert made.cache.peek(CART) is None
