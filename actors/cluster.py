@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from actors.engine import EmbeddedEngine, Engine, Settings, StoreInUse
 from actors.event_stream import CANCEL_S, EventStream, StartReader, Subscription
@@ -17,6 +17,9 @@ from placement.errors import NotReady
 from placement.event import Event
 from placement.identity import Identity
 from placement.pidcache import PlacementResolution
+
+if TYPE_CHECKING:
+    from actors.simulation import SimulatedCluster
 
 __all__ = ["Cluster", "ClusterEvents", "ClusterSnapshot", "StoreInUse"]
 
@@ -88,6 +91,9 @@ class Cluster(Verbs):
     are for any thread.
     """
 
+    #: What its nodes and its entry are. A simulation has others.
+    node_type: ClassVar[type[PlacementNode]] = PlacementNode
+
     def __init__(
         self,
         engine: Engine,
@@ -106,7 +112,7 @@ class Cluster(Verbs):
         self._is_over = False
         self._is_stopped = False
         self.events = ClusterEvents(engine.start_reader)
-        self._entry = PlacementNode(
+        self._entry = self.node_type(
             _ENTRY, kinds=kinds, engine=engine, settings=settings
         )
         self.events.add(self._entry.events)
@@ -144,6 +150,30 @@ class Cluster(Verbs):
             raise
         cluster._start(names)
         return cluster
+
+    @classmethod
+    def simulated(
+        cls,
+        *,
+        seed: int = 1,
+        nodes: int | Iterable[str] = 3,
+        kinds: Mapping[str, Kind | type],
+        witness: Witness | None = None,
+        **settings: Any,
+    ) -> "SimulatedCluster":
+        """Start a cluster in virtual time, which the same `seed` runs again.
+
+        The same verbs, and more: time is moved by hand, and things break when told.
+
+        Raises:
+            ValueError: a name, setting or kind makes no sense.
+            BadKind: a kind is a ThreadingActor, whose thread is not simulated.
+        """
+        from actors.simulation import SimulatedCluster  # noqa: PLC0415  it needs this
+
+        return SimulatedCluster.start(
+            seed=seed, nodes=nodes, kinds=kinds, witness=witness, **settings
+        )
 
     def _start(self, names: Iterable[str]) -> None:
         try:
@@ -201,7 +231,7 @@ class Cluster(Verbs):
                 raise NotReady("the cluster has stopped")
             if name in self._nodes or name in self._starting or name == _ENTRY:
                 raise ValueError(f"there is a node {name!r} already")
-            node = PlacementNode(
+            node = self.node_type(
                 name,
                 kinds=self._kinds,
                 engine=self._engine_for(name),

@@ -6,8 +6,9 @@ run, whatever the hash seed and the version of Python.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+import msgpack
 import pykka
 
 from actors.cluster import Cluster, check_kinds, names_of
@@ -17,8 +18,9 @@ from actors.event_stream import Reader
 from actors.future import Future
 from actors.kind import BadKind, Kind
 from actors.network import Fate, Network
-from actors.node import STOP_S, Witness
+from actors.node import STOP_S, PlacementNode, Witness
 from actors.observer import Bounds, Violation, observe
+from actors.recorded_node import RecordedNode
 from actors.simulated_store import (
     RecordingStore,
     SimulatedStore,
@@ -26,7 +28,7 @@ from actors.simulated_store import (
     Trouble,
 )
 from actors.store_actor import StoreActor
-from actors.trace import ProcessEnded, Record, TopologyTaken
+from actors.trace import Asked, Ended, ProcessEnded, Record, TopologyTaken
 from actors.world import (
     DrivenCondition,
     DrivenFuture,
@@ -42,6 +44,8 @@ from placement.topology import Address, Topology
 PARTITIONS = 64
 
 _LAG_NS = 20_000
+#: How much later than its deadline an ask may end.
+_GRACE_NS = 2_500_000_000
 
 
 class _StepReader:
@@ -95,6 +99,13 @@ class Shared:
         if self._table.topology != topology:
             self._table = self._table.adopt(topology)
         return self._table
+
+    def digest(self) -> str:
+        """A hash over all frames that arrived and all that was recorded until now."""
+        digest = self.network.digest().copy()
+        rows = [(type(each).__name__, *each) for each in self.records]
+        digest.update(msgpack.packb(rows))
+        return str(digest.hexdigest())
 
     def boot(self) -> int:
         """A number that no start of a node had before."""
@@ -213,6 +224,13 @@ class Process:
         world = self.shared.world
         self.clock.pause(world.moment_ns() + round(seconds * 1e9))
 
+    def resume(self) -> None:
+        """Have it go on now, where it stands still."""
+        if self.shared.world.now_ns < self.clock.resumes_ns:
+            self.clock.resumes_ns = 0
+            for dispatcher in self.stepped:
+                dispatcher.wake()
+
 
 class _Cut:
     """No frame from some nodes to others; for `store`, no call either."""
@@ -308,7 +326,8 @@ class SimulatedCluster(Cluster):
     and verbs that move time and break things. For one thread.
     """
 
-    process_type: type[Process] = Process
+    process_type: ClassVar[type[Process]] = Process
+    node_type: ClassVar[type[PlacementNode]] = RecordedNode
 
     def __init__(
         self,
@@ -321,6 +340,7 @@ class SimulatedCluster(Cluster):
         self.world = shared.world
         self.store = SimulatedStoreControl(shared)
         self._processes: dict[str, Process] = {}
+        self._paused_ns = 0
         super().__init__(self._engine_for("entry"), settings, kinds, witness)
 
     @classmethod
@@ -343,6 +363,11 @@ class SimulatedCluster(Cluster):
         checked = Settings(**{"partitions": PARTITIONS, **settings})
         by_name = check_kinds(kinds, checked)
         for name, kind in by_name.items():
+            if kind.is_threaded is None:
+                raise BadKind(
+                    f"kind {name!r} is made by a function: say by `actor_class` that "
+                    "it makes Grains; a simulation runs nothing else"
+                )
             if kind.is_threaded:
                 raise BadKind(
                     f"kind {name!r} is a ThreadingActor: its own thread cannot be "
@@ -363,7 +388,7 @@ class SimulatedCluster(Cluster):
     # --- the verbs of a cluster, where they differ ---
 
     def kill_node(self, name: str) -> None:
-        """End a node as a crash would.
+        """End a node as a crash would; `add_node` starts it anew.
 
         Raises:
             KeyError: there is none.
@@ -371,6 +396,8 @@ class SimulatedCluster(Cluster):
         node = self._nodes.pop(name)
         process = self._processes[name]
         process.end("crashed")
+        process.close()
+        self.events.discard(node.events)
         node.is_dead = True
         node._state = "killed"  # noqa: SLF001
         if self._witness is not None:
@@ -451,8 +478,13 @@ class SimulatedCluster(Cluster):
 
         Raises:
             KeyError: there is no such node.
+            ValueError: `seconds` is negative.
         """
+        if seconds < 0:
+            raise ValueError(f"a process stands still for {seconds} s")
+        self.node(name)
         self._processes[name].pause(seconds)
+        self._paused_ns += round(seconds * 1e9)
 
     def cut(
         self, one: Iterable[str], other: Iterable[str], *, both_ways: bool = True
@@ -473,19 +505,43 @@ class SimulatedCluster(Cluster):
         self.shared.network.faults.clear()
         self.store.heal()
         for process in self.shared.processes:
-            process.clock.resumes_ns = 0
+            process.resume()
+
+    def digest(self) -> str:
+        """A hash over all that happened: equal runs have equal ones."""
+        return self.shared.digest()
 
     def check(self, bounds: Bounds | None = None) -> None:
         """Judge what has happened until now by the rules of the observer.
 
+        Whatever is under way may still end. Call it once more at the end.
+
         Raises:
-            Unsafe: one was broken, or a part of the cluster raised.
+            Unsafe: one was broken.
+            AssertionError: a part of the cluster raised.
         """
         self._raise_bugs()
-        records = sorted(self.shared.records, key=lambda each: each.at_ns)
-        violations = observe(records, bounds or Bounds())
+        # Who stands still hears of an answer, and of its time, when it goes on.
+        bounds = bounds or Bounds(grace_ns=_GRACE_NS + self._paused_ns)
+        records = self._judged(bounds.grace_ns)
+        violations = observe(records, bounds)
         if violations:
             raise Unsafe(self.seed, violations)
+
+    def _judged(self, grace_ns: int) -> list[Record]:
+        """The records in order of time, without the asks that may still end."""
+        ended = {e.request for e in self.shared.records if isinstance(e, Ended)}
+        until_ns = self.world.now_ns - grace_ns
+        return sorted(
+            (
+                each
+                for each in self.shared.records
+                if not isinstance(each, Asked)
+                or each.request in ended
+                or each.deadline_ns < until_ns
+            ),
+            key=lambda each: each.at_ns,
+        )
 
     def _raise_bugs(self) -> None:
         if self.world.bugs:
