@@ -124,8 +124,8 @@ class Host(Protocol):
     def handled(self, pid: Pid) -> None:
         """A message has been handled."""
 
-    def touch(self, pid: Pid, now_ns: int) -> None:
-        """It has been used."""
+    def touch(self, pid: Pid, now_ns: int, *, is_in_use: bool) -> None:
+        """It is used from now on, or until now."""
 
     def send(
         self,
@@ -323,6 +323,7 @@ class GrainActivation:
         turn, self._turn = self._turn, None
         if turn is not None and turn.mail is not None:
             turn.mail.origin.failed(turn.mail, HandlerFailed(*describe(error)))
+            self._used()
         match self._state:
             case "starting":
                 self._activated(error)
@@ -434,7 +435,7 @@ class GrainActivation:
         result: Any = None
         failure: BaseException | None = None
         try:
-            host.touch(self.pid, now_ns)
+            host.touch(self.pid, now_ns, is_in_use=True)
             if is_call:
                 call, arguments, turn.name = surface.decode_call(payload)
                 result = call(grain, **arguments)
@@ -447,6 +448,7 @@ class GrainActivation:
         if isinstance(failure, BadMessage) and is_call and not turn.name:
             # It was refused before its handler was entered.
             self._turn = None
+            self._used()
             mail.origin.failed(mail, BadMessage(text_of(failure.message)))
             return
         self._returned(turn, result, failure)
@@ -467,6 +469,10 @@ class GrainActivation:
         finally:
             self._leave()
         self._returned(turn, result, failure)
+
+    def _used(self) -> None:
+        """A message is done with: from now on nobody uses it."""
+        self._host.touch(self.pid, self._host.now_ns(), is_in_use=False)
 
     def _returned(self, turn: _Turn, result: Any, error: BaseException | None) -> None:
         """User code came back: with a result, an error, or a coroutine to drive."""
@@ -526,6 +532,7 @@ class GrainActivation:
             case "handle":
                 assert turn.mail is not None
                 self._host.handled(self.pid)
+                self._used()
                 self._answer(turn, turn.mail, result, error)
             case "activate":
                 self._turn = None

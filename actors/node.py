@@ -286,10 +286,10 @@ class _NodeHost:
         if self._witness is not None and not self._node.is_dead:
             self._witness.handled(pid)
 
-    def touch(self, pid: Pid, now_ns: int) -> None:
+    def touch(self, pid: Pid, now_ns: int, *, is_in_use: bool) -> None:
         found = self._registry.find(pid.identity)
         if found is not None:
-            found.last_used_ns = now_ns
+            found.last_used_ns, found.is_in_use = now_ns, is_in_use
 
 
 class PlacementNode(Verbs):

@@ -308,7 +308,7 @@ class PlacementActor(DispatchedActor):
 
     def _end_idle(self, idle_for_ns: int, now_ns: int) -> None:
         for each in self._registry.all():
-            if now_ns - each.last_used_ns >= idle_for_ns:
+            if not each.is_in_use and now_ns - each.last_used_ns >= idle_for_ns:
                 self._host(
                     self._hosting.passivate(
                         each.pid.identity, fencing_token=each.pid.fencing_token
