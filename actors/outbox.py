@@ -187,7 +187,8 @@ class Outbox:
         The same as `send`, in fewer steps where the activation is on this node.
         """
         now_ns = self._now_ns()
-        mail = Mail(payload, request_id, (), 0, False, self)
+        # Carried until it needs more: an `Outgoing`, once it is held or sent.
+        mail = Mail(payload, request_id, (), 0, False, self, carried=identity)
         with self.lock:
             self._last_number = mail.number = self._last_number + 1
             if not self._is_performing:
@@ -362,14 +363,17 @@ class Outbox:
         if asked is not None:
             asked.future.set_error(error)
         elif not mail.is_ask and not error.may_have_happened:
-            self._publish(dropped(mail.carried.identity, Refusal.of(error)))
+            carried = mail.carried
+            identity = carried.identity if isinstance(carried, Outgoing) else carried
+            self._publish(dropped(identity, Refusal.of(error)))
 
     def bounced(self, mail: Mail, pid: Pid) -> None:
         """A sealed mailbox on this node gives it back; the lock is held."""
         with self.lock:
             now_ns = self._now_ns()
-            message = mail.carried or self._outgoing(mail, pid.identity, now_ns)
-            assert isinstance(message, Outgoing)
+            message = mail.carried
+            if not isinstance(message, Outgoing):
+                message = self._outgoing(mail, pid.identity, now_ns)
             asked = self._asked.get(message.number)
             if asked is not None:
                 asked.session = None
