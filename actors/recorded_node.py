@@ -12,6 +12,7 @@ from actors.context import Timer
 from actors.future import Future
 from actors.node import PlacementNode
 from actors.outbox import Outbox
+from actors.real_clock import RealClockWatch
 from actors.trace import Asked, Ended, Entered, Record, Told
 from actors.world import ProcessClock, World
 from placement.entry import ActivationRecord, Pid
@@ -31,8 +32,13 @@ class Notes:
     """Where the parts of one process write down what they do."""
 
     def __init__(
-        self, world: World, process: ProcessClock, records: list[Record]
+        self,
+        world: World,
+        process: ProcessClock,
+        records: list[Record],
+        real_clock: RealClockWatch,
     ) -> None:
+        self.real_clock = real_clock
         self._world = world
         self._process = process
         self._records = records
@@ -49,7 +55,7 @@ class Notes:
 
 
 class RecordedActivation(GrainActivation):
-    """A Grain each entry into whose code is written down."""
+    """A Grain each entry into whose code is written down, and watched."""
 
     notes: Notes
     _purpose = ""
@@ -74,7 +80,12 @@ class RecordedActivation(GrainActivation):
                 0 if mail is None or mail.is_ask else _number_of(mail),
             )
         )
+        self.notes.real_clock.begin()
         return True
+
+    def _leave(self) -> None:
+        self.notes.real_clock.end()
+        super()._leave()
 
     def _start(self) -> None:
         self._purpose, self._mail = "activate", None
@@ -200,7 +211,10 @@ class RecordedNode(PlacementNode):
     def __init__(self, name: str, **parts: Any) -> None:
         super().__init__(name, **parts)
         process: Any = self._engine
-        self.notes = Notes(process.shared.world, process.clock, process.shared.records)
+        shared = process.shared
+        self.notes = Notes(
+            shared.world, process.clock, shared.records, shared.real_clock
+        )
         assert isinstance(self._outbox, RecordedOutbox)
         self._outbox.notes = self.notes
 

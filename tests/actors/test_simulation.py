@@ -2,13 +2,18 @@
 
 import asyncio
 import gc
+import logging
 import os
+import random
 import subprocess
 import sys
 import threading
+import time
+import uuid
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -21,12 +26,14 @@ from actors import Cluster, Grain, Kind, handler
 from actors.activation import Activation
 from actors.kind import BadKind
 from actors.observer import Violation
+from actors.real_clock import RealClock
 from actors.recorded_node import RecordedNode
 from actors.simulation import SimulatedCluster, Unsafe
 from actors.trace import Asked, Ended, Entered, ProcessEnded
 from actors.witness import ActivationWitness
 from placement.entry import ActivationRecord, Pid
 from placement.errors import (
+    ActivationFailed,
     BadMessage,
     Deadlock,
     HandlerFailed,
@@ -243,6 +250,115 @@ def test_what_makes_no_sense_is_refused() -> None:
             cluster.store.fail("explode")
         with pytest.raises(ValueError, match="already"):
             cluster.add_node("node-1")
+
+
+# --- the real clock ---
+
+
+class Worldly(Grain):
+    """Reads what the simulation does not rule."""
+
+    def on_activate(self) -> None:
+        if self.context.identity.name == "uuid":
+            uuid.uuid4()
+
+    async def on_receive(self, message: Any) -> Any:
+        match message:
+            case "time":
+                return time.time()
+            case "later":
+                await self.context.ref("echo/1").ask_async(1)
+                return time.monotonic()
+            case "sleep":
+                time.sleep(0)  # noqa: ASYNC251  it is refused
+            case "random":
+                return random.random()
+            case "caught":
+                with suppress(RuntimeError):
+                    random.shuffle([])
+            case "log":
+                logging.getLogger("worldly").warning("logs have a time")
+            case "right":
+                return [self.context.now(), self.context.random.random()]
+            case "timer":
+                self.context.after(1.0, lambda: time.sleep(0))
+            case "put":
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(time, "time", lambda: 3.0)
+                    return time.time()
+        return "done"
+
+
+REAL = (time.time, time.monotonic, time.sleep, random.random, uuid.uuid4)
+
+
+@pytest.fixture
+def worldly() -> Iterator[SimulatedCluster]:
+    kinds = {"worldly": Worldly, "echo": Echo}
+    with Cluster.simulated(nodes=2, kinds=kinds) as cluster:
+        yield cluster
+    assert (
+        time.time,
+        time.monotonic,
+        time.sleep,
+        random.random,
+        uuid.uuid4,
+    ) == REAL
+
+
+@pytest.mark.parametrize(
+    ("message", "function", "remedy"),
+    [
+        ("time", "time.time", "self.context.now()"),
+        ("later", "time.monotonic", "self.context.now()"),
+        ("sleep", "time.sleep", "self.context.after(seconds, call)"),
+        ("random", "random.random", "self.context.random"),
+    ],
+)
+def test_a_grain_that_reads_the_real_clock_is_told_the_line_and_the_remedy(
+    worldly: SimulatedCluster, message: str, function: str, remedy: str
+) -> None:
+    with pytest.raises(HandlerFailed) as failed:
+        worldly.ref("worldly/1").ask(message)
+
+    assert failed.value.type_name == "RealClock"
+    assert f"{function}() was called by on_receive" in str(failed.value)
+    assert "test_simulation.py:" in str(failed.value)
+    assert remedy in str(failed.value)
+    assert (time.time, time.sleep, random.random) == (REAL[0], REAL[2], REAL[3])
+    with pytest.raises(RealClock, match=function):
+        worldly.check()
+
+
+def test_the_real_clock_is_noticed_in_hooks_timers_and_where_it_was_caught(
+    worldly: SimulatedCluster,
+) -> None:
+    with pytest.raises(ActivationFailed, match=r"uuid.uuid4\(\) was called by on_act"):
+        worldly.ref("worldly/uuid").ask("anything")
+    worldly.shared.real_clock.refused.clear()
+    worldly.ref("worldly/1").ask("timer")
+    worldly.advance(2)
+    with pytest.raises(RealClock, match=r"time\.sleep"):
+        worldly.check()
+    worldly.shared.real_clock.refused.clear()
+    assert worldly.ref("worldly/1").ask("caught") == "done"
+    with pytest.raises(RealClock, match=r"random\.shuffle"):
+        worldly.check()
+
+
+def test_logs_the_context_and_what_a_test_puts_in_place_go_on(
+    worldly: SimulatedCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert worldly.ref("worldly/1").ask("log") == "done"
+    assert "logs have a time" in caplog.text
+    now_s, drawn = worldly.ref("worldly/1").ask("right")
+    assert now_s > 1_735_689_600
+    assert 0 <= drawn < 1
+    assert worldly.ref("worldly/1").ask("put") == 3.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: 4.0)
+        assert worldly.ref("worldly/1").ask("time") == 4.0
+    worldly.check()
 
 
 # --- events ---
