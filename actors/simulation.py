@@ -45,6 +45,8 @@ from placement.topology import Address, Topology
 PARTITIONS = 64
 
 _LAG_NS = 20_000
+#: How many violations an error tells.
+_TOLD_MAX = 10
 #: How much later than its deadline an ask may end.
 _GRACE_NS = 2_500_000_000
 
@@ -108,6 +110,16 @@ class Shared:
         rows = [(type(each).__name__, *each) for each in self.records]
         digest.update(msgpack.packb(rows))
         return str(digest.hexdigest())
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse the name of a node that never was.
+
+        Raises:
+            KeyError: one of `names` is such.
+        """
+        known = {STORE, *(process.name for process in self.processes)}
+        for name in sorted(set(names) - known):
+            raise KeyError(f"there is no node {name!r}; there are {sorted(known)}")
 
     def boot(self) -> int:
         """A number that no start of a node had before."""
@@ -299,12 +311,13 @@ class SimulatedStoreControl:
 
         Raises:
             ValueError: `what` is none of these.
+            KeyError: there is no such node.
         """
+        nodes = frozenset(nodes)
+        self._shared.check_names(nodes)
         if what not in {"fail", "lost", "late", "slow", "away"}:
             raise ValueError(f"the store can fail, lost, late, slow, away; not {what}")
-        self._shared.calls.faults.append(
-            _Refusing(what, frozenset(nodes), times, delay)
-        )
+        self._shared.calls.faults.append(_Refusing(what, nodes, times, delay))
 
     def heal(self) -> None:
         """Have calls go well again."""
@@ -316,7 +329,12 @@ class Unsafe(AssertionError):
 
     def __init__(self, seed: int, violations: tuple[Violation, ...]) -> None:
         lines = [f"seed {seed}: {len(violations)} violations"]
-        lines += [f"{each.rule}: {each.identity}: {each.what}" for each in violations]
+        lines += [
+            f"{each.rule}: {each.identity}: {each.what}"
+            for each in violations[:_TOLD_MAX]
+        ]
+        if len(violations) > _TOLD_MAX:
+            lines.append(f"and {len(violations) - _TOLD_MAX} more")
         super().__init__("\n  ".join(lines))
         self.violations = violations
 
@@ -399,9 +417,11 @@ class SimulatedCluster(Cluster):
         process = self._processes[name]
         process.end("crashed")
         process.close()
-        self.events.discard(node.events)
         node.is_dead = True
         node._state = "killed"  # noqa: SLF001
+        # Programs there would wait for ever.
+        node._outbox.close(f"{name} was killed")  # noqa: SLF001
+        self.events.discard(node.events)
         if self._witness is not None:
             self._witness.killed(name)
 
@@ -494,8 +514,12 @@ class SimulatedCluster(Cluster):
         """Let nothing pass between nodes; `"store"` among `other` is the store.
 
         Programs outside speak through the node `"entry"`.
+
+        Raises:
+            KeyError: there is no such node.
         """
         senders, receivers = frozenset(one), frozenset(other)
+        self.shared.check_names(senders | receivers)
         cuts = [_Cut(senders, receivers)]
         if both_ways:
             cuts.append(_Cut(receivers, senders))

@@ -248,6 +248,10 @@ def test_what_makes_no_sense_is_refused() -> None:
             cluster.pause("node-1", seconds=-1)
         with pytest.raises(ValueError, match="not explode"):
             cluster.store.fail("explode")
+        with pytest.raises(KeyError, match="there is no node 'nod-1'"):
+            cluster.cut({"nod-1"}, {"store"})
+        with pytest.raises(KeyError, match="there is no node 'nod-1'"):
+            cluster.store.fail(nodes={"nod-1"})
         with pytest.raises(ValueError, match="already"):
             cluster.add_node("node-1")
 
@@ -349,7 +353,8 @@ def test_the_real_clock_is_noticed_in_hooks_timers_and_where_it_was_caught(
 def test_logs_the_context_and_what_a_test_puts_in_place_go_on(
     worldly: SimulatedCluster, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert worldly.ref("worldly/1").ask("log") == "done"
+    with caplog.at_level(logging.WARNING):
+        assert worldly.ref("worldly/1").ask("log") == "done"
     assert "logs have a time" in caplog.text
     now_s, drawn = worldly.ref("worldly/1").ask("right")
     assert now_s > 1_735_689_600
@@ -426,6 +431,24 @@ def test_what_was_answered_survives_a_crash_and_a_restart_under_the_same_name(
         next(e for e in cluster.shared.records if isinstance(e, ProcessEnded)),
         ProcessEnded,
     )
+
+
+def test_who_waits_on_a_node_that_crashes_hears_that(
+    cluster: SimulatedCluster,
+) -> None:
+    home = cluster.resolve("echo/1").pid.node
+    other = next(name for name in cluster.nodes if name != home)
+    node = cluster.node(other)
+    node.resolve("echo/1")
+    sent = node.ref("echo/1").ask(1, block=False)
+    held = node.ref("echo/2").ask(1, block=False)
+
+    cluster.crash(other)
+
+    with pytest.raises(OutcomeUnknown, match="was killed"):
+        sent.get()
+    with pytest.raises(NotReady, match="was killed"):
+        held.get()
 
 
 def test_a_node_leaves_in_good_order_and_others_serve_at_once(
@@ -654,6 +677,18 @@ def test_an_ask_under_way_is_no_violation_and_one_that_never_ends_is(
     with pytest.raises(Unsafe, match="ends: echo/1"):
         cluster.check()
     cluster.shared.records.append(ended)
+
+
+def test_an_error_tells_some_violations_and_counts_the_others() -> None:
+    violation = Violation("order", "echo/1", 5, "was late")
+
+    assert str(Unsafe(3, (violation,))).splitlines() == [
+        "seed 3: 1 violations",
+        "  order: echo/1: was late",
+    ]
+    lines = str(Unsafe(3, (violation,) * 12)).splitlines()
+    assert len(lines) == 12
+    assert lines[-1] == "  and 2 more"
 
 
 # --- nothing is left ---
