@@ -115,12 +115,12 @@ def _episode(
         case "crash":
             for_s = ttl_s * 2.0 * share
         case "cut":
-            for_s = ttl_s * (0.3 + 1.7 * share)
+            for_s = ttl_s * (0.3 + 2.2 * share)
         case _:
             for_s = ttl_s * (0.5 + 2.5 * share)
     at_s = draw.random() * max(0.1, duration_s - for_s)
     hows = {
-        "pause": ("between", "inside", "inside"),
+        "pause": ("between", "inside", "inside", "answer"),
         "crash": ("restart", "restart", "gone"),
         "cut": ("both", "one-way", "store", "store"),
         "store-lost": ("lost", "late"),

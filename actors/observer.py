@@ -27,6 +27,7 @@ from actors.trace import (
     Reached,
     Record,
     SessionChanged,
+    Sought,
     Told,
     TopologyTaken,
     WorkDone,
@@ -46,6 +47,7 @@ class Bounds:
     grace_ns: int = 5 * _NS // 2
     frames_per_request: float = 20.0
     store_operations_per_request: float = 8.0
+    seeks_per_second: int = 30
     memory_per_request: float = math.inf  # nobody has measured yet what it takes
 
 
@@ -102,6 +104,7 @@ class _Run:
     finals: list[FinalState] = field(default_factory=list)
     left_behind: list[LeftBehind] = field(default_factory=list)
     work: list[WorkDone] = field(default_factory=list)
+    sought: list[Sought] = field(default_factory=list)
 
     def outcome_of(self, request: str) -> str:
         """How an ask ended; that which never did is as unknown as any."""
@@ -167,6 +170,8 @@ def _sorted_out(records: Sequence[Record], bounds: Bounds) -> _Run:
                 run.left_behind.append(record)
             case WorkDone():
                 run.work.append(record)
+            case Sought():
+                run.sought.append(record)
             case _:
                 assert_never(record)
     return run
@@ -491,8 +496,18 @@ def _left_behind(run: _Run) -> Iterator[_Found]:
 
 
 def _bounded_work(run: _Run) -> Iterator[_Found]:
-    """A request takes no more than its bounds, on the average of the run."""
+    """A request takes no more than its bounds, on the average of the run.
+
+    Nobody goes in circles to find an identity: that is hidden by an average.
+    """
     bounds = run.bounds
+    for sought in run.sought:
+        if sought.times > bounds.seeks_per_second:
+            what = (
+                f"{sought.asker} asked {sought.times} times within a second where it"
+                f" is, above {bounds.seeks_per_second}"
+            )
+            yield _Found(sought.identity, sought.at_ns, what)
     for work in run.work:
         for what, done, per_request in (
             ("frames", work.frames, bounds.frames_per_request),

@@ -153,6 +153,9 @@ class StoreCounter:
         self.faults: list[StoreFault] = []
         self.operation_count = 0
         self.session_count = 0
+        #: Called once when a call by that node to `entries` or `sessions` has been
+        #: made, and its answer is under way.
+        self.after_call: dict[tuple[str, str], Callable[[], None]] = {}
 
 
 class SimulatedStore:
@@ -182,7 +185,18 @@ class SimulatedStore:
     # --- trouble ---
 
     @contextmanager
-    def _call(self) -> Iterator[None]:
+    def _call(self, what: str) -> Iterator[None]:
+        try:
+            with self._troubled():
+                yield
+        finally:
+            if self._shared.after_call:
+                made = self._shared.after_call.pop((self._node, what), None)
+                if made is not None:
+                    made()
+
+    @contextmanager
+    def _troubled(self) -> Iterator[None]:
         world = self._world
         trouble = None
         for fault in self._shared.faults:
@@ -219,7 +233,7 @@ class SimulatedStore:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Make the calls inside at once."""
-        with self._call():
+        with self._call("entries"):
             yield
 
     def _entries(self, method: Callable[[Any], Any], requests: Sequence[Any]) -> Any:
@@ -231,7 +245,7 @@ class SimulatedStore:
 
     def _sessions(self, method: Callable[..., Any], *arguments: Any) -> Any:
         self._shared.session_count += 1
-        with self._call():
+        with self._call("sessions"):
             if self._late is not None:
                 self._late.append(lambda: method(*arguments))
                 return None

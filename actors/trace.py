@@ -179,6 +179,18 @@ class WorkDone(NamedTuple):
     memory_peak: int
 
 
+class Sought(NamedTuple):
+    """How often `asker` asked where `identity` is, for one need, within a second.
+
+    That second of the run in which one was asked for most often.
+    """
+
+    at_ns: int
+    asker: str
+    identity: str
+    times: int
+
+
 Record: TypeAlias = (
     Asked
     | Told
@@ -196,4 +208,5 @@ Record: TypeAlias = (
     | FinalState
     | LeftBehind
     | WorkDone
+    | Sought
 )

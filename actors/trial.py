@@ -34,6 +34,7 @@ from actors.trace import (
     LeftBehind,
     Reached,
     Record,
+    Sought,
     Told,
     WorkDone,
 )
@@ -41,7 +42,6 @@ from actors.workload import Order, kinds_on, outcome_of
 
 TTL_S = 2.0
 REQUESTS_PER_S = 100.0
-_HEAL_BEFORE_END_S = 0.0
 _STATE_HEADER = 3
 _ASK_S = 10.0
 
@@ -111,11 +111,10 @@ class Trial:
             if episodes is None
             else tuple(episodes)
         )
-        if tap is not None:
-            world = self.world
-            shared.network.tap = lambda sender, to, data: tap(
-                world.now_ns, sender, to, data
-            )
+        self._tap = tap
+        shared.network.tap = self._see
+        self._seeking: dict[tuple[str, int], list[int]] = {}
+        self._busiest = Sought(0, "", "", 0)
         self.processes: dict[str, Process] = {}
         self.nodes: dict[str, PlacementNode] = {}
         self.clients: list[str] = []
@@ -124,11 +123,29 @@ class Trial:
         self._grain_draws: list[Callable[[], float]] = []
         self._hanging: list[Future] = []
         self._numbers: Counter[tuple[str, str]] = Counter()
-        self._started = 0
+        self._started = self._nested = 0
         self._drift = self.world.stream("drift").random
         if scenario.faults:
             steps = self.world.stream("steps").random
             shared.turns_at_once = lambda: (1, 2, 5, 0)[int(steps() * 4)]
+
+    def _see(self, sender: str, to: str, data: bytes) -> None:
+        """Count how often each need of an identity is asked for."""
+        now_ns = self.world.now_ns
+        if self._tap is not None:
+            self._tap(now_ns, sender, to, data)
+        _, _, asker, _, number, body = msgpack.unpackb(data, strict_map_key=False)
+        if body[0] != _RESOLVE:
+            return
+        second = now_ns // 1_000_000_000
+        counted = self._seeking.setdefault((asker, body[1]), [second, 0, 0])
+        if counted[0] != second:
+            counted[:2] = second, 0
+        if number > counted[2]:
+            # Not one that arrives twice.
+            counted[1:] = counted[1] + 1, number
+        if counted[1] > self._busiest.times:
+            self._busiest = Sought(now_ns, asker, body[2], counted[1])
 
     # --- as a stage of the Grains ---
 
@@ -150,6 +167,12 @@ class Trial:
                 return _GRAIN_TROUBLES[int(draw() * len(_GRAIN_TROUBLES))]
         return ""
 
+    def nested(self, request: str) -> str:
+        """A name, given to nobody before, of what is asked in handling `request`."""
+        # Who handles a request twice, asks twice.
+        self._nested += 1
+        return f"{request}+{self._nested}"
+
     def hang(self, future: Future) -> None:
         """Answer `future` when the fault is over."""
         self._hanging.append(future)
@@ -164,7 +187,9 @@ class Trial:
             rate_ppm += side * DRIFT_BEYOND_PPM
             self.counts["drift-beyond"] += 1
         elif "drift" in self.scenario.faults:
-            rate_ppm += round((self._drift() * 2 - 1) * DRIFT_PPM)
+            # Every second clock is as wrong as it may be.
+            wrong = min(1.0, max(-1.0, (self._drift() * 2 - 1) * 2))
+            rate_ppm += round(wrong * DRIFT_PPM)
             self.counts["drift"] += 1
         process = self.variant.process_type(self.shared, name, rate_ppm=rate_ppm)
         node = self.variant.node_type(
@@ -266,7 +291,7 @@ class Trial:
 
                 self._until(episode, calm)
 
-    def _until(self, episode: Episode, end: Callable[[], None]) -> None:
+    def _until(self, episode: Episode, end: Callable[[], object]) -> None:
         self.world.after(episode.for_s, end)
 
     def _crash(self, episode: Episode, picked: list[str]) -> None:
@@ -288,9 +313,18 @@ class Trial:
         for name in picked[:1]:
             if episode.how == "inside":
                 self._inside[name] = episode.for_s
+            elif episode.how == "answer":
+                call = (name, "sessions" if episode.rate < _MANY else "entries")
+                after_call = self.shared.calls.after_call
+                process = self.processes[name]
+                after_call[call] = partial(self._stand_still, process, episode)
+                self._until(episode, partial(after_call.pop, call, None))
             else:
-                self.counts["pause"] += 1
-                self.processes[name].pause(episode.for_s)
+                self._stand_still(self.processes[name], episode)
+
+    def _stand_still(self, process: Process, episode: Episode) -> None:
+        self.counts["pause"] += 1
+        process.pause(episode.for_s)
 
     def _churn(self, episode: Episode, picked: list[str]) -> None:
         self.counts["churn"] += 1
@@ -493,6 +527,7 @@ class Trial:
                 0,
             )
         )
+        self.records.append(self._busiest)
         records = sorted(self.records, key=lambda each: each.at_ns)
         # Who stands still hears of an answer, and of its time, when it goes on.
         paused_s = sum(e.for_s for e in self.episodes if e.kind == "pause")
@@ -528,6 +563,8 @@ class Trial:
             process.clock.is_gone = True
 
 
+#: The tag of the frame that asks where an identity is.
+_RESOLVE = 1
 _MANY = 0.75
 _GRAIN_RATE = 0.08
 _GRAIN_TROUBLES = (

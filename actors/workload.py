@@ -42,6 +42,9 @@ class Stage(Protocol):
     def grain_trouble(self) -> str:
         """What user code is to do wrong now; empty: nothing."""
 
+    def nested(self, request: str) -> str:
+        """A name, given to nobody before, of what is asked in handling `request`."""
+
     def hang(self, future: Future) -> None:
         """Keep a future that is answered when the fault is over."""
 
@@ -134,8 +137,8 @@ class CounterGrain(_Recorded):
 
     async def _pass_on(self, identity: str, request: str) -> None:
         """Have another count, with this mailbox held meanwhile."""
-        nested = f"{request}+"
         stage = self.stage
+        nested = stage.nested(request)
         ask = stage.records.append
         seconds = 4.0
         now_ns = stage.world.moment_ns()

@@ -138,7 +138,6 @@ class ProcessClock:
         self._world = world
         self._offset_ns = offset_ns
         self._rate_ppm = rate_ppm
-        self._wall_offset_ms = 0
         self.is_gone = False
         self.resumes_ns = 0
         if rate_ppm == _PPM:
@@ -161,15 +160,7 @@ class ProcessClock:
 
     def wall_ms(self) -> int:
         """Milliseconds since 1970, for people only."""
-        return (
-            _WALL_MS
-            + (self._world.now_ns - _BEGIN_NS) // 1_000_000
-            + (self._wall_offset_ms)
-        )
-
-    def step_wall(self, seconds: float) -> None:
-        """Set the wall clock forward or back."""
-        self._wall_offset_ms += round(seconds * 1000)
+        return _WALL_MS + (self._world.now_ns - _BEGIN_NS) // 1_000_000
 
     def true_ns(self, own_ns: int) -> int:
         """When this clock will show `own_ns`."""

@@ -559,6 +559,36 @@ def test_every_dropped_message_is_an_event(cluster: SimulatedCluster) -> None:
     assert all(event.reason for event in dropped)
 
 
+def test_a_full_inbox_on_the_senders_own_node_is_an_event_for_what_is_told(
+    cluster: SimulatedCluster,
+) -> None:
+    home = cluster.node(cluster.resolve("note/1").pid.node)
+    home.resolve("note/1")
+    dropped = events_of(cluster, "MessageDropped")
+
+    for number in range(8):
+        home.ref("note/1").tell(number)
+    cluster.advance(1)
+
+    assert len(dropped) == 3  # it takes five
+    assert all("Overloaded" in event.reason for event in dropped)
+
+
+def test_a_node_that_stands_still_is_removed_as_by_a_crash(
+    cluster: SimulatedCluster,
+) -> None:
+    add(cluster, "1", "first")
+    home = cluster.resolve("count/1").pid.node
+    cluster.pause(home, seconds=2.5 * TTL_S)
+
+    cluster.remove_node(home, timeout=1.0)
+
+    assert home not in cluster.nodes
+    assert add(cluster, "1", "second") == 2
+    cluster.advance(4 * TTL_S)
+    assert add(cluster, "1", "third") == 3
+
+
 def test_flapping_members_do_not_multiply_work(cluster: SimulatedCluster) -> None:
     for number in range(30):
         add(cluster, str(number), "first")

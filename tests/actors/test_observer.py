@@ -24,6 +24,7 @@ from actors.trace import (
     Reached,
     Record,
     SessionChanged,
+    Sought,
     Told,
     TopologyTaken,
     WorkDone,
@@ -305,6 +306,7 @@ GOOD: dict[str, dict[str, list[Record]]] = {
     "bounded-work": {
         "at the bounds": [WorkDone(0, 10, 200, 80, 1_000)],
         "a run without requests": [WorkDone(0, 0, 30, 12, 0)],
+        "sought as often as may be": [Sought(0, "node-1.1", "counter/1", 30)],
     },
 }
 
@@ -624,6 +626,7 @@ BAD: dict[str, dict[str, list[Record]]] = {
     "bounded-work": {
         "frames": [WorkDone(0, 10, 201, 80, 0)],
         "store operations": [WorkDone(0, 10, 200, 81, 0)],
+        "sought in circles": [Sought(0, "node-1.1", "counter/1", 31)],
     },
 }
 

@@ -166,3 +166,33 @@ def test_clocks_beyond_the_assumed_bound_are_seen_to_break_a_rule() -> None:
     assert found.violations
     assert found.first is not None
     assert found.first[1].rule in {"one-activation", "closed-session", "owner-open"}
+
+
+def test_a_broken_rule_ends_with_1_and_is_told_shrunk() -> None:
+    done = run(
+        *SMALL_OPTIONS,
+        "--defect",
+        "handled-twice",
+        "--faults",
+        "duplicate,grain,store-slow,churn",
+        "--shrink",
+        "--json",
+    )
+
+    assert done.exit_code == 1, done.output
+    found = json.loads(done.stdout)
+    assert found["violations"] > 0
+    assert found["first_violation"]["seed"] == 1
+    assert found["first_violation"]["rule"] == "handled-once"
+    assert "seed 1 breaks handled-once: " in done.stderr
+    assert "Deliver" in done.stderr
+    assert "1 episodes of faults are enough:\n  duplicate" in done.stderr
+    assert "again: placement simulate --seed 1 " in done.stderr
+    assert "--defect handled-twice --nodes 3" in done.stderr
+
+
+def test_the_known_defects_are_listed() -> None:
+    assert "handled-twice" in run("--defect", "list").stdout
+    listed = json.loads(run("--defect", "list", "--json").stdout)
+    assert len(listed) >= 16
+    assert listed["handled-twice"] == ["handled-once"]
