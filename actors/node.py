@@ -286,10 +286,15 @@ class _NodeHost:
         if self._witness is not None and not self._node.is_dead:
             self._witness.handled(pid)
 
-    def touch(self, pid: Pid, now_ns: int, *, is_in_use: bool) -> None:
+    def touch(self, pid: Pid, now_ns: int) -> None:
         found = self._registry.find(pid.identity)
         if found is not None:
-            found.last_used_ns, found.is_in_use = now_ns, is_in_use
+            found.last_used_ns = now_ns
+
+    def use(self, pid: Pid, now_ns: int, *, is_over: bool) -> None:
+        found = self._registry.find(pid.identity)
+        if found is not None:
+            found.last_used_ns, found.is_in_use = now_ns, not is_over
 
 
 class PlacementNode(Verbs):
