@@ -127,6 +127,9 @@ class Host(Protocol):
     def touch(self, pid: Pid, now_ns: int) -> None:
         """It has been used."""
 
+    def use(self, pid: Pid, now_ns: int, *, is_over: bool) -> None:
+        """It is used from now on, however long; or only until now."""
+
     def send(
         self,
         identity: Identity,
@@ -155,10 +158,6 @@ class Activation(Protocol):
         Called with the node's lock held. A full inbox is told to the origin.
         """
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether it handles something now, or something waits to be."""
-
     def stop(self, *, lapsed: bool) -> None:
         """End it, from any thread; `Host.ended` follows."""
 
@@ -171,13 +170,17 @@ class Activation(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Turn:
-    """User code under way: what for, and the coroutine if it has awaited."""
+    """User code under way: what for, and the coroutine if it has awaited.
+
+    `is_long` says that the handling of its mail counts as use until it ends.
+    """
 
     purpose: str
     mail: Mail | None = None
     name: str = ""
     coroutine: Coroutine[Any, Any, Any] | None = None
     awaiting: Future | None = None
+    is_long: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -240,6 +243,9 @@ def _as_it_travels(error: BaseException) -> PlacementError:
 class GrainActivation:
     """One Grain: driven on its node's grain dispatcher."""
 
+    #: Whether a handler may take long without awaiting anything.
+    _may_block = False
+
     def __init__(
         self,
         pid: Pid,
@@ -295,11 +301,6 @@ class GrainActivation:
             self._post(self._run)
         return True
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether it handles something now, or something waits to be."""
-        return self._turn is not None or bool(self._mailbox)
-
     def stop(self, *, lapsed: bool) -> None:
         """End it; `Host.ended` follows."""
         self._post(self._lapse if lapsed else self._passivate)
@@ -332,6 +333,7 @@ class GrainActivation:
         turn, self._turn = self._turn, None
         if turn is not None and turn.mail is not None:
             turn.mail.origin.failed(turn.mail, HandlerFailed(*describe(error)))
+            self._used(turn)
         match self._state:
             case "starting":
                 self._activated(error)
@@ -436,6 +438,8 @@ class GrainActivation:
                 host.seal(self)
             return
         turn = self._turn = _Turn("handle", mail)
+        if self._may_block:
+            self._use(turn)
         grain, surface = self._grain, self._surface
         assert surface is not None
         payload = mail.payload
@@ -456,6 +460,7 @@ class GrainActivation:
         if isinstance(failure, BadMessage) and is_call and not turn.name:
             # It was refused before its handler was entered.
             self._turn = None
+            self._used(turn)
             mail.origin.failed(mail, BadMessage(text_of(failure.message)))
             return
         self._returned(turn, result, failure)
@@ -476,6 +481,16 @@ class GrainActivation:
         finally:
             self._leave()
         self._returned(turn, result, failure)
+
+    def _use(self, turn: _Turn) -> None:
+        """The handling of a message may take long: that is no idle time."""
+        turn.is_long = True
+        self._host.use(self.pid, self._host.now_ns(), is_over=False)
+
+    def _used(self, turn: _Turn) -> None:
+        """The handling of a message is over: idle time starts now."""
+        if turn.is_long:
+            self._host.use(self.pid, self._host.now_ns(), is_over=True)
 
     def _returned(self, turn: _Turn, result: Any, error: BaseException | None) -> None:
         """User code came back: with a result, an error, or a coroutine to drive."""
@@ -509,6 +524,9 @@ class GrainActivation:
                 self._leave()
             if isinstance(token, Future) and token.owner is self:
                 turn.awaiting = token
+                if turn.mail is not None and not turn.is_long:
+                    # A turn that never awaits is over before anybody looks.
+                    self._use(turn)
                 token.on_done(self._awaited)
                 return
             value, error = None, RuntimeError(FOREIGN)
@@ -535,6 +553,8 @@ class GrainActivation:
             case "handle":
                 assert turn.mail is not None
                 self._host.handled(self.pid)
+                if turn.is_long:
+                    self._used(turn)
                 self._answer(turn, turn.mail, result, error)
             case "activate":
                 self._turn = None

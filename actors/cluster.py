@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from actors.engine import EmbeddedEngine, Engine, Settings, StoreInUse
 from actors.event_stream import CANCEL_S, EventStream, StartReader, Subscription
@@ -18,10 +18,10 @@ from placement.event import Event
 from placement.identity import Identity
 from placement.pidcache import PlacementResolution
 
-__all__ = ["Cluster", "ClusterEvents", "ClusterSnapshot", "StoreInUse"]
-
 if TYPE_CHECKING:
     from actors.simulation import SimulatedCluster
+
+__all__ = ["Cluster", "ClusterEvents", "ClusterSnapshot", "StoreInUse"]
 
 _ENTRY = "entry"
 
@@ -91,7 +91,8 @@ class Cluster(Verbs):
     are for any thread.
     """
 
-    node_type: type[PlacementNode] = PlacementNode
+    #: What its nodes and its entry are. A simulation has others.
+    node_type: ClassVar[type[PlacementNode]] = PlacementNode
 
     def __init__(
         self,
@@ -111,7 +112,7 @@ class Cluster(Verbs):
         self._is_over = False
         self._is_stopped = False
         self.events = ClusterEvents(engine.start_reader)
-        self._entry = PlacementNode(
+        self._entry = self.node_type(
             _ENTRY, kinds=kinds, engine=engine, settings=settings
         )
         self.events.add(self._entry.events)
@@ -160,17 +161,15 @@ class Cluster(Verbs):
         witness: Witness | None = None,
         **settings: Any,
     ) -> "SimulatedCluster":
-        """Start the same cluster in virtual time, in one thread, from `seed`.
+        """Start a cluster in virtual time, which the same `seed` runs again.
 
-        Asking runs the simulation until there is an answer. On top of the verbs
-        of a cluster it has those that move time and break things: `advance`,
-        `run_until`, `cut`, `heal`, `crash`, `pause`, `store.fail` and `check`.
+        The same verbs, and more: time is moved by hand, and things break when told.
 
         Raises:
             ValueError: a name, setting or kind makes no sense.
-            BadKind: a kind has threads of its own.
+            BadKind: a kind is a ThreadingActor, whose thread is not simulated.
         """
-        from actors.simulation import SimulatedCluster  # noqa: PLC0415  it subclasses
+        from actors.simulation import SimulatedCluster  # noqa: PLC0415  it needs this
 
         return SimulatedCluster.start(
             seed=seed, nodes=nodes, kinds=kinds, witness=witness, **settings

@@ -477,13 +477,13 @@ def _defect(variant: type[Variant], seed: int, *rules: str) -> Defect:
 DEFECTS: dict[str, Defect] = {
     "unguarded": _defect(Unguarded, 1, "closed-session", "one-activation"),
     "lease-from-answer": _defect(
-        LeaseFromAnswer, 1, "closed-session", "one-activation"
+        LeaseFromAnswer, 2, "closed-session", "one-activation"
     ),
-    "no-margin": _defect(NoMargin, 10, "closed-session", "one-activation"),
+    "no-margin": _defect(NoMargin, 35, "closed-session", "one-activation"),
     "entry-after-start": _defect(EntryAfterStart, 1, "entry-first"),
     "entry-replaced": _defect(EntryReplaced, 1, "owner-open"),
     "close-ignores-count": _defect(
-        CloseIgnoresCount, 5, "closed-session", "one-activation"
+        CloseIgnoresCount, 1, "closed-session", "one-activation"
     ),
     "late-release": _defect(LateRelease, 1, "stale-write"),
     "stale-save": _defect(StaleSave, 2, "stale-write"),
@@ -492,10 +492,10 @@ DEFECTS: dict[str, Defect] = {
     "sent-again": _defect(SentAgain, 1, "handled-once"),
     "handled-twice": _defect(HandledTwice, 1, "handled-once"),
     "order-lost": _defect(OrderLost, 1, "order"),
-    "lost-lock": _defect(LostLock, 1, "reachable", "left-behind"),
+    "lost-lock": _defect(LostLock, 2, "reachable", "left-behind"),
     "old-redirect": _defect(OldRedirect, 1, "bounded-work"),
     "stale-cache": _defect(StaleCache, 1, "reachable"),
-    "forgotten-waiter": _defect(ForgottenWaiter, 1, "reachable", "left-behind"),
+    "forgotten-waiter": _defect(ForgottenWaiter, 5, "reachable", "left-behind"),
 }
 
 

@@ -126,7 +126,7 @@ class Snapshot:
 class _Remote:
     """The origin of a mail that came from another node."""
 
-    __slots__ = ("_address", "_message_id", "_publish", "_send", "_token")
+    __slots__ = ("_message_id", "_publish", "_send", "_token", "address")
 
     def __init__(
         self,
@@ -138,22 +138,22 @@ class _Remote:
     ) -> None:
         self._send = send
         self._publish = publish
-        self._address = address
+        self.address = address
         self._message_id = message_id
         self._token = token
 
     def answered(self, mail: Mail, value: Any, pid: Pid) -> None:
-        self._send(self._address, Answer(self._message_id, value, self._token))
+        self._send(self.address, Answer(self._message_id, value, self._token))
 
     def failed(self, mail: Mail, error: PlacementError) -> None:
         if self._message_id:
-            self._send(self._address, failure_of(self._message_id, error))
+            self._send(self.address, failure_of(self._message_id, error))
         elif not error.may_have_happened:
             identity = Identity.parse(mail.carried.identity)
             self._publish(dropped(identity, Refusal.of(error)))
 
     def bounced(self, mail: Mail, pid: Pid) -> None:
-        self._send(self._address, mail.carried)
+        self._send(self.address, mail.carried)
 
 
 def failure_of(message_id: int, error: PlacementError) -> Failure:
@@ -290,6 +290,11 @@ class _NodeHost:
         found = self._registry.find(pid.identity)
         if found is not None:
             found.last_used_ns = now_ns
+
+    def use(self, pid: Pid, now_ns: int, *, is_over: bool) -> None:
+        found = self._registry.find(pid.identity)
+        if found is not None:
+            found.last_used_ns, found.is_in_use = now_ns, not is_over
 
 
 class PlacementNode(Verbs):

@@ -301,11 +301,6 @@ class PlacementActor(DispatchedActor):
         self._keep(self._machine.tick(now_ns))
         self._host(self._hosting.tick(now_ns=now_ns))
         for pid in self._registry.idle(now_ns):
-            found = self._registry.find(pid.identity)
-            if found is not None and found.activation.is_busy:
-                # Its idle time begins when what it handles has ended.
-                found.last_used_ns = now_ns
-                continue
             self._host(
                 self._hosting.passivate(pid.identity, fencing_token=pid.fencing_token)
             )
@@ -313,7 +308,7 @@ class PlacementActor(DispatchedActor):
 
     def _end_idle(self, idle_for_ns: int, now_ns: int) -> None:
         for each in self._registry.all():
-            if now_ns - each.last_used_ns >= idle_for_ns:
+            if not each.is_in_use and now_ns - each.last_used_ns >= idle_for_ns:
                 self._host(
                     self._hosting.passivate(
                         each.pid.identity, fencing_token=each.pid.fencing_token

@@ -6,11 +6,11 @@ run, whatever the hash seed and the version of Python.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+import msgpack
 import pykka
 
-from actors.activation import GrainActivation
 from actors.cluster import Cluster, check_kinds, names_of
 from actors.dispatch import Dispatcher
 from actors.engine import Engine, GrainDispatcher, Settings
@@ -20,6 +20,8 @@ from actors.kind import BadKind, Kind
 from actors.network import Fate, Network
 from actors.node import STOP_S, PlacementNode, Witness
 from actors.observer import Bounds, Violation, observe
+from actors.real_clock import RealClockWatch
+from actors.recorded_node import RecordedNode
 from actors.simulated_store import (
     RecordingStore,
     SimulatedStore,
@@ -27,7 +29,7 @@ from actors.simulated_store import (
     Trouble,
 )
 from actors.store_actor import StoreActor
-from actors.trace import Entered, ProcessEnded, Record, TopologyTaken
+from actors.trace import Asked, Ended, ProcessEnded, Record, TopologyTaken
 from actors.world import (
     DrivenCondition,
     DrivenFuture,
@@ -43,6 +45,10 @@ from placement.topology import Address, Topology
 PARTITIONS = 64
 
 _LAG_NS = 20_000
+#: How many violations an error tells.
+_TOLD_MAX = 10
+#: How much later than its deadline an ask may end.
+_GRACE_NS = 2_500_000_000
 
 
 class _StepReader:
@@ -86,6 +92,7 @@ class Shared:
         self.network = Network(self.world)
         self.store = RecordingStore.of(self.world, self.records)
         self.calls = StoreCounter()
+        self.real_clock = RealClockWatch()
         self.processes: list[Process] = []
         self.turns_at_once: Callable[[], int] = lambda: 0
         self._table = PartitionTable.build(Topology(), partitions)
@@ -96,6 +103,23 @@ class Shared:
         if self._table.topology != topology:
             self._table = self._table.adopt(topology)
         return self._table
+
+    def digest(self) -> str:
+        """A hash over all frames that arrived and all that was recorded until now."""
+        digest = self.network.digest().copy()
+        rows = [(type(each).__name__, *each) for each in self.records]
+        digest.update(msgpack.packb(rows))
+        return str(digest.hexdigest())
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Refuse the name of a node that never was.
+
+        Raises:
+            KeyError: one of `names` is such.
+        """
+        known = {STORE, *(process.name for process in self.processes)}
+        for name in sorted(set(names) - known):
+            raise KeyError(f"there is no node {name!r}; there are {sorted(known)}")
 
     def boot(self) -> int:
         """A number that no start of a node had before."""
@@ -214,6 +238,13 @@ class Process:
         world = self.shared.world
         self.clock.pause(world.moment_ns() + round(seconds * 1e9))
 
+    def resume(self) -> None:
+        """Have it go on now, where it stands still."""
+        if self.shared.world.now_ns < self.clock.resumes_ns:
+            self.clock.resumes_ns = 0
+            for dispatcher in self.stepped:
+                dispatcher.wake()
+
 
 class _Cut:
     """No frame from some nodes to others; for `store`, no call either."""
@@ -233,42 +264,6 @@ class _Cut:
         if node in self._senders and STORE in self._receivers:
             return Trouble("away", 1_000_000_000)
         return None
-
-
-class _RecordedActivation(GrainActivation):
-    """Has each entry into user code recorded, for `check`."""
-
-    records: list[Record]
-    world: World
-
-    def _enter(self) -> bool:
-        if not super()._enter():
-            return False
-        purposes = {"starting": "activate", "ending": "passivate"}
-        pid = self.pid
-        self.records.append(
-            Entered(
-                self.world.moment_ns(),
-                str(pid.address),
-                str(pid.identity),
-                str(pid.session),
-                pid.fencing_token,
-                # Which turn of several it is says nothing of who may run it.
-                purposes.get(self._state, "resume"),
-                "",
-            )
-        )
-        return True
-
-
-def _recorded(shared: Shared) -> type[PlacementNode]:
-    """A node whose activations are recorded in `shared`."""
-    activation = type(
-        "RecordedActivation",
-        (_RecordedActivation,),
-        {"records": shared.records, "world": shared.world},
-    )
-    return type("RecordedNode", (PlacementNode,), {"activation_type": activation})
 
 
 #: How a cut names the store.
@@ -316,12 +311,13 @@ class SimulatedStoreControl:
 
         Raises:
             ValueError: `what` is none of these.
+            KeyError: there is no such node.
         """
+        nodes = frozenset(nodes)
+        self._shared.check_names(nodes)
         if what not in {"fail", "lost", "late", "slow", "away"}:
             raise ValueError(f"the store can fail, lost, late, slow, away; not {what}")
-        self._shared.calls.faults.append(
-            _Refusing(what, frozenset(nodes), times, delay)
-        )
+        self._shared.calls.faults.append(_Refusing(what, nodes, times, delay))
 
     def heal(self) -> None:
         """Have calls go well again."""
@@ -333,7 +329,12 @@ class Unsafe(AssertionError):
 
     def __init__(self, seed: int, violations: tuple[Violation, ...]) -> None:
         lines = [f"seed {seed}: {len(violations)} violations"]
-        lines += [f"{each.rule}: {each.identity}: {each.what}" for each in violations]
+        lines += [
+            f"{each.rule}: {each.identity}: {each.what}"
+            for each in violations[:_TOLD_MAX]
+        ]
+        if len(violations) > _TOLD_MAX:
+            lines.append(f"and {len(violations) - _TOLD_MAX} more")
         super().__init__("\n  ".join(lines))
         self.violations = violations
 
@@ -345,7 +346,8 @@ class SimulatedCluster(Cluster):
     and verbs that move time and break things. For one thread.
     """
 
-    process_type: type[Process] = Process
+    process_type: ClassVar[type[Process]] = Process
+    node_type: ClassVar[type[PlacementNode]] = RecordedNode
 
     def __init__(
         self,
@@ -358,7 +360,7 @@ class SimulatedCluster(Cluster):
         self.world = shared.world
         self.store = SimulatedStoreControl(shared)
         self._processes: dict[str, Process] = {}
-        self.node_type = _recorded(shared)
+        self._paused_ns = 0
         super().__init__(self._engine_for("entry"), settings, kinds, witness)
 
     @classmethod
@@ -381,6 +383,11 @@ class SimulatedCluster(Cluster):
         checked = Settings(**{"partitions": PARTITIONS, **settings})
         by_name = check_kinds(kinds, checked)
         for name, kind in by_name.items():
+            if kind.is_threaded is None:
+                raise BadKind(
+                    f"kind {name!r} is made by a function: say by `actor_class` that "
+                    "it makes Grains; a simulation runs nothing else"
+                )
             if kind.is_threaded:
                 raise BadKind(
                     f"kind {name!r} is a ThreadingActor: its own thread cannot be "
@@ -401,7 +408,7 @@ class SimulatedCluster(Cluster):
     # --- the verbs of a cluster, where they differ ---
 
     def kill_node(self, name: str) -> None:
-        """End a node as a crash would.
+        """End a node as a crash would; `add_node` starts it anew.
 
         Raises:
             KeyError: there is none.
@@ -409,8 +416,12 @@ class SimulatedCluster(Cluster):
         node = self._nodes.pop(name)
         process = self._processes[name]
         process.end("crashed")
+        process.close()
         node.is_dead = True
         node._state = "killed"  # noqa: SLF001
+        # Programs there would wait for ever.
+        node._outbox.close(f"{name} was killed")  # noqa: SLF001
+        self.events.discard(node.events)
         if self._witness is not None:
             self._witness.killed(name)
 
@@ -489,8 +500,13 @@ class SimulatedCluster(Cluster):
 
         Raises:
             KeyError: there is no such node.
+            ValueError: `seconds` is negative.
         """
+        if seconds < 0:
+            raise ValueError(f"a process stands still for {seconds} s")
+        self.node(name)
         self._processes[name].pause(seconds)
+        self._paused_ns += round(seconds * 1e9)
 
     def cut(
         self, one: Iterable[str], other: Iterable[str], *, both_ways: bool = True
@@ -498,8 +514,12 @@ class SimulatedCluster(Cluster):
         """Let nothing pass between nodes; `"store"` among `other` is the store.
 
         Programs outside speak through the node `"entry"`.
+
+        Raises:
+            KeyError: there is no such node.
         """
         senders, receivers = frozenset(one), frozenset(other)
+        self.shared.check_names(senders | receivers)
         cuts = [_Cut(senders, receivers)]
         if both_ways:
             cuts.append(_Cut(receivers, senders))
@@ -511,21 +531,46 @@ class SimulatedCluster(Cluster):
         self.shared.network.faults.clear()
         self.store.heal()
         for process in self.shared.processes:
-            process.clock.resumes_ns = 0
+            process.resume()
+
+    def digest(self) -> str:
+        """A hash over all that happened: equal runs have equal ones."""
+        return self.shared.digest()
 
     def check(self, bounds: Bounds | None = None) -> None:
         """Judge what has happened until now by the rules of the observer.
 
-        What the kinds answer is theirs to judge: a test asserts that itself.
+        Whatever is under way may still end. Call it once more at the end.
 
         Raises:
-            Unsafe: one was broken, or a part of the cluster raised.
+            Unsafe: one was broken.
+            RealClock: a Grain read the real clock or real chance.
+            AssertionError: a part of the cluster raised.
         """
         self._raise_bugs()
-        records = sorted(self.shared.records, key=lambda each: each.at_ns)
-        violations = observe(records, bounds or Bounds())
+        if self.shared.real_clock.refused:
+            raise self.shared.real_clock.refused[0]
+        # Who stands still hears of an answer, and of its time, when it goes on.
+        bounds = bounds or Bounds(grace_ns=_GRACE_NS + self._paused_ns)
+        records = self._judged(bounds.grace_ns)
+        violations = observe(records, bounds)
         if violations:
             raise Unsafe(self.seed, violations)
+
+    def _judged(self, grace_ns: int) -> list[Record]:
+        """The records in order of time, without the asks that may still end."""
+        ended = {e.request for e in self.shared.records if isinstance(e, Ended)}
+        until_ns = self.world.now_ns - grace_ns
+        return sorted(
+            (
+                each
+                for each in self.shared.records
+                if not isinstance(each, Asked)
+                or each.request in ended
+                or each.deadline_ns < until_ns
+            ),
+            key=lambda each: each.at_ns,
+        )
 
     def _raise_bugs(self) -> None:
         if self.world.bugs:

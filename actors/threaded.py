@@ -115,6 +115,8 @@ class ThreadedActivation(GrainActivation):
     of its own, a Grain as any other.
     """
 
+    _may_block = True
+
     def __init__(
         self,
         pid: Pid,

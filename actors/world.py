@@ -11,12 +11,12 @@ Transactional Key Value Store", SIGMOD 2021, section 4.
 
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from random import Random
 from typing import Any, Self
 
 from actors.dispatch import Timer, Turn
-from actors.future import Future
+from actors.future import Future, running
 from actors.log import log
 from placement.errors import OutcomeUnknown
 
@@ -247,6 +247,11 @@ class SteppedDispatcher:
         """Nothing to wait for: the process ends as a whole."""
         return True
 
+    def wake(self) -> None:
+        """Its process goes on before its time: run what waits."""
+        if self._is_scheduled:
+            self._world.at(max(self._world.now_ns, self._free_ns), self._run)
+
     def kill(self) -> None:
         """Run nothing else."""
         self._is_stopped = True
@@ -302,6 +307,13 @@ class DrivenFuture(Future):
         ):
             raise OutcomeUnknown(f"no answer within {timeout} s")
         return super().get(timeout=0)
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        """In a Grain as ever; in an event loop the world runs until it is done."""
+        if running.activation is not None:
+            answer = yield from super().__await__()
+            return answer
+        return self.get()
 
 
 class DrivenCondition:

@@ -12,20 +12,24 @@ T = TypeVar("T")
 
 @dataclass(slots=True, eq=False)
 class Registered(Generic[T]):
-    """One activation; `last_used_ns` is written by whoever uses it."""
+    """One activation; `last_used_ns` is written by whoever uses it.
+
+    While `is_in_use` it is not idle, however long that takes.
+    """
 
     pid: Pid
     activation: T
     last_used_ns: int
     idle_after_ns: int | None
+    is_in_use: bool = False
 
 
 class VirtualActorRegistry(Generic[T]):
     """Activations by identity, with idle tracking.
 
-    One thread adds and removes. Others may call `find`, and write
-    `last_used_ns`: under the GIL each is one indivisible step. An activation is
-    looked at when it may be idle, not at each use: a use costs one assignment.
+    One thread adds and removes. Others may call `find`, and write `last_used_ns`
+    and `is_in_use`: under the GIL each is one indivisible step. An activation is
+    looked at when it may be idle, not at each use: a use costs assignments only.
     """
 
     def __init__(self) -> None:
@@ -79,7 +83,9 @@ class VirtualActorRegistry(Generic[T]):
                 continue
             assert registered.idle_after_ns is not None
             idle_at_ns = registered.last_used_ns + registered.idle_after_ns
-            if idle_at_ns <= now_ns:
+            if registered.is_in_use:
+                idle_at_ns = now_ns + registered.idle_after_ns
+            elif idle_at_ns <= now_ns:
                 found.append(registered.pid)
                 idle_at_ns = now_ns + registered.idle_after_ns
             self._look_at(registered, idle_at_ns)

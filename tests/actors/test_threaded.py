@@ -6,10 +6,10 @@ from typing import Any
 import pykka
 import pytest
 
-from actors import Kind, PlacementNode, handler
+from actors import Cluster, Kind, PlacementNode, handler
 from actors.witness import ActivationWitness
 from placement.errors import ActivationFailed, HandlerFailed, OutcomeUnknown
-from tests.actors.actors_under_test import Echo, Worker
+from tests.actors.actors_under_test import GATES, Echo, Worker
 from tests.actors.test_activation import RAISED, token_of
 from tests.actors.test_cluster import FAST, eventually
 
@@ -247,3 +247,22 @@ def test_who_waits_for_an_actor_that_stops_hears_that_the_outcome_is_unknown(
     seen = list(SEEN)
     assert seen == [("stopped", "1", first), "closed"]
     assert ref.ask(1) == {"mine": 1}
+
+
+def test_idle_time_starts_when_a_blocking_handler_ends() -> None:
+    GATES["idle"] = threading.Event()
+    kinds = {"worker": Kind(Worker, idle_after=0.5)}
+    with Cluster.embedded(nodes=1, kinds=kinds) as cluster:
+        worker = cluster.ref("worker/1")
+        count = worker.ask("count")
+        waiting = worker.ask(["wait", "idle"], block=False)
+        threading.Event().wait(0.8)
+        cluster.node("node-1").passivate_idle(0.0)
+        threading.Event().wait(0.1)
+        GATES["idle"].set()
+
+        assert waiting.get(timeout=5) == "back"
+
+        threading.Event().wait(0.1)
+        # Another activation would begin anew.
+        assert worker.ask("count") == count + 1

@@ -35,6 +35,17 @@ def use(cluster: Cluster) -> Decimal:
 
 async def later(cluster: Cluster) -> Decimal:
     return await cluster.proxy(Account, "42").deposit(Decimal(1))
+
+def break_it() -> Decimal:
+    with Cluster.simulated(seed=7, nodes=3, kinds={"account": Account}) as cluster:
+        cluster.crash("node-1")
+        cluster.cut({"node-1"}, {"node-2"})
+        cluster.store.fail(times=1)
+        cluster.pause("node-2", seconds=20)
+        cluster.run_until(lambda: cluster.now() > 10)
+        cluster.heal()
+        cluster.check()
+        return cluster.ask(cluster.proxy(Account, "42").deposit(Decimal(1)))
 """
 
 WRONG = """
@@ -44,6 +55,7 @@ def wrong(cluster: Cluster) -> None:
     cluster.ask(account.nothing())
     text: str = cluster.ask(account.deposit(Decimal(1)))
     Insufficient(much=1)
+    Cluster.simulated(kinds={}).explode()
 """
 
 
@@ -72,6 +84,6 @@ def test_each_wrong_line_is_reported(tmp_path: Path) -> None:
 
     first = len(PROGRAM.splitlines()) + 4
     lines = sorted({int(line.split(":")[1]) for line in errors})
-    assert lines == [first, first + 1, first + 2, first + 3]
+    assert lines == [first, first + 1, first + 2, first + 3, first + 4]
     assert '"deposit" of "Account" has incompatible type "str"' in errors[0]
     assert 'has no attribute "nothing"' in errors[1]

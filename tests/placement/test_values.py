@@ -329,6 +329,17 @@ def test_the_registry_finds_idle_activations_and_only_those() -> None:
     assert registry.find(pid(3).identity) is None
 
 
+def test_what_is_in_use_is_not_idle_and_its_idle_time_starts_at_the_end() -> None:
+    registry: VirtualActorRegistry[str] = VirtualActorRegistry()
+    one = registry.add(pid(1), "one", now_ns=0, idle_after_ns=10)
+    one.is_in_use = True
+    assert registry.idle(10) == registry.idle(20) == ()
+    one.is_in_use, one.last_used_ns = False, 25
+    assert registry.idle(30) == ()
+    assert registry.due_ns == 35
+    assert registry.idle(35) == (pid(1),)
+
+
 def test_r4_5_an_event_bears_its_time_and_says_what_happened() -> None:
     happened = Happened(
         kind="cache", name="Dropped", identity=CART, session=A, token=3, reason="gone"
