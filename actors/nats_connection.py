@@ -1,0 +1,857 @@
+"""One connection to NATS: an asyncio client in one thread that nobody waits for.
+
+A URL is `nats://[user:password@]host:port[,host2:port2]/?options`; a user without
+a password is a token. What is secret may also come from files. Options:
+
+    creds, nkey        files: credentials (JWT and seed), a bare seed
+    token              a token
+    tls                true: refuse a server without TLS; so do those that follow
+    tls_ca             file: whom to trust, in place of the system's
+    tls_cert, tls_key  files: the client's own certificate
+    tls_hostname       the name in the server's certificate, where it is another
+    tls_first          true: TLS before the server has said anything
+
+nats-py needs `pip install 'actor-placement[nats]'`, and is imported at the first
+connection.
+
+Each connection is a client of its own: what was on its way when one is lost is
+never sent again by the next, and whoever waits for it hears so at once. Reconnecting
+goes on until `close`.
+"""
+
+import asyncio
+import os
+import random
+import re
+import socket
+import ssl
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote
+
+from actors.log import log
+
+if TYPE_CHECKING:
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+
+__all__ = [
+    "BadNatsUrl",
+    "ConnectionEvent",
+    "MissingExtra",
+    "NatsConnection",
+    "NatsFailure",
+    "NatsLost",
+    "NatsRefused",
+    "NatsUnreachable",
+    "NatsUrl",
+    "parse_nats_url",
+]
+
+T = TypeVar("T")
+
+CONNECT_S = 3.0
+PING_EVERY_S = 1.0
+PINGS_OUT_MAX = 2
+CLOSE_S = 3.0
+FLUSH_S = 2.0
+#: What waits for the loop, besides what the client and the system's socket hold.
+OUTBOUND_BYTES_MAX = 16 << 20
+INBOUND_MESSAGES_MAX = 65_536
+INBOUND_BYTES_MAX = 64 << 20
+_CLIENT_BYTES_MAX = 2 << 20
+_PAUSE_MIN_S, _PAUSE_MAX_S = 0.05, 1.0
+
+_HOST = re.compile(r"\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+")
+_PORT = re.compile(r"[0-9]{1,5}")
+_FILES = ("creds", "nkey", "tls_ca", "tls_cert", "tls_key")
+_FLAGS = ("tls", "tls_first")
+_TEXTS = ("token", "tls_hostname")
+_OPTIONS = (*_FILES, *_FLAGS, *_TEXTS)
+_SUBSCRIPTION = re.compile(
+    r'permissions violation for subscription to "([^"]+)"', re.IGNORECASE
+)
+
+
+class BadNatsUrl(ValueError):
+    """The URL cannot be a NATS server, and why; it names no secret."""
+
+
+class MissingExtra(ValueError):
+    """What NATS needs is not installed."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__(
+            f"NATS needs the module {module}: pip install 'actor-placement[nats]'"
+        )
+
+
+class NatsFailure(Exception):
+    """NATS could not do it.
+
+    `may_have_happened` is false only where it is certain that nothing was sent.
+    """
+
+    def __init__(self, message: str, *, may_have_happened: bool = True) -> None:
+        super().__init__(message)
+        self.may_have_happened = may_have_happened
+
+
+class NatsUnreachable(NatsFailure):
+    """No server answers, or not in time."""
+
+
+class NatsRefused(NatsFailure):
+    """The server refuses: a wrong password, a certificate, a permission."""
+
+
+class NatsLost(NatsFailure):
+    """The connection was lost meanwhile, or is not there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NatsUrl:
+    """Where servers are, and what they ask for. Its text shows no secret.
+
+    `options` are those that `parse_nats_url` was told of besides its own.
+    """
+
+    servers: tuple[str, ...]
+    user: str | None = field(default=None, repr=False)
+    password: str | None = field(default=None, repr=False)
+    token: str | None = field(default=None, repr=False)
+    creds: Path | None = field(default=None, repr=False)
+    nkey: Path | None = field(default=None, repr=False)
+    tls: bool = False
+    tls_first: bool = False
+    tls_ca: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_hostname: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"nats://{','.join(self.servers)}"
+
+    def check(self) -> None:
+        """Check the files that it names.
+
+        Raises:
+            BadNatsUrl: one of them is not there, or is not what it should be.
+        """
+        for name in _FILES:
+            path: Path | None = getattr(self, name)
+            if path is not None and not path.is_file():
+                raise BadNatsUrl(f"NATS {self}: {name}: there is no file {path}")
+        self.tls_context()
+
+    def tls_context(self) -> ssl.SSLContext | None:
+        """What TLS is made with; none where the URL does not ask for it.
+
+        Raises:
+            BadNatsUrl: a certificate or key cannot be read.
+        """
+        if not self.tls:
+            return None
+        try:
+            context = ssl.create_default_context(cafile=self.tls_ca)
+            if self.tls_cert is not None:
+                context.load_cert_chain(self.tls_cert, self.tls_key)
+        except (OSError, ssl.SSLError) as error:
+            raise BadNatsUrl(
+                f"NATS {self}: its certificates cannot be read: {error}"
+            ) from None
+        return context
+
+
+def parse_nats_url(url: str, *, more: Sequence[str] = ()) -> NatsUrl:
+    """The servers that `url` names, and how to be let in.
+
+    `more` are the names of options that are somebody else's, left as they are.
+
+    Raises:
+        BadNatsUrl: it names none, or an option is wrong; the message shows no
+            secret.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme.lower() != "nats":
+        raise BadNatsUrl("a NATS URL is nats://[user:password@]host:port")
+    place, _, query = rest.partition("?")
+    login, at, after = place.rpartition("@")
+    if not at and "@" in query:
+        raise BadNatsUrl("in a NATS URL a ? of a password is written %3F")
+    hosts, slash, path = after.partition("/")
+    servers = tuple(_server(each) for each in hosts.split(","))
+    if slash and path:
+        raise BadNatsUrl(f"NATS nats://{hosts}: nothing may follow the first /")
+    known = f"NATS nats://{','.join(servers)}"
+    given = _options(known, query, (*_OPTIONS, *more))
+    fields: dict[str, Any] = {
+        name: Path(given[name]) for name in _FILES if name in given
+    }
+    fields |= {name: given[name] for name in _TEXTS if name in given}
+    for name in _FLAGS:
+        if given.get(name, "false") not in ("true", "false"):
+            raise BadNatsUrl(f"{known}: {name} must be true or false")
+        fields[name] = given.get(name) == "true"
+    fields["tls"] = any(fields.get(name) for name in fields if name.startswith("tls"))
+    if given.get("tls") == "false" and fields["tls"]:
+        raise BadNatsUrl(f"{known}: tls is false, and other tls options are given")
+    if ("tls_key" in fields) > ("tls_cert" in fields):
+        raise BadNatsUrl(f"{known}: tls_key is given without tls_cert")
+    if at:
+        user, colon, password = login.partition(":")
+        if not user or (colon and not password):
+            raise BadNatsUrl(f"{known}: before the @ are user:password, or a token")
+        if colon:
+            fields |= {"user": unquote(user), "password": unquote(password)}
+        elif "token" in fields:
+            raise BadNatsUrl(f"{known}: the token is given twice")
+        else:
+            fields["token"] = unquote(user)
+    ways = [w for w in ("user", "token", "creds", "nkey") if w in fields]
+    if len(ways) > 1:
+        raise BadNatsUrl(f"{known}: {' and '.join(ways)} are given; one is enough")
+    options = MappingProxyType({n: v for n, v in given.items() if n in more})
+    return NatsUrl(servers=servers, options=options, **fields)
+
+
+def _server(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    if not colon or text.endswith("]"):
+        host, port = text, "4222"
+    if not _HOST.fullmatch(host):
+        # Not shown: where an @ is missing it may be a password.
+        raise BadNatsUrl("a NATS URL names its servers as host:port,host:port")
+    if not _PORT.fullmatch(port) or not 0 < int(port) < 1 << 16:
+        raise BadNatsUrl(f"NATS server {host}: its port must be 1 to 65535")
+    return f"{host}:{int(port)}"
+
+
+def _options(known: str, query: str, names: Sequence[str]) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for part in query.split("&") if query else ():
+        name, equals, value = part.partition("=")
+        if name not in names:
+            raise BadNatsUrl(
+                f"{known}: unknown option {name!r}; known are {', '.join(names)}"
+            )
+        if not equals or not value:
+            raise BadNatsUrl(f"{known}: option {name} has no value")
+        if name in options:
+            raise BadNatsUrl(f"{known}: option {name} is given twice")
+        options[name] = unquote(value)
+    return options
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionEvent:
+    """What happened to a connection.
+
+    `name` is Disconnected, Reconnected, ReconnectFailed, SlowConsumer,
+    SubscriptionLost, OutboundLost or ServerError; `count` how many frames were
+    lost with it.
+    """
+
+    name: str
+    reason: str
+    count: int = 0
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """A subject that is subscribed to on every connection."""
+
+    subject: str
+    callback: Callable[[str, bytes], None]
+    held: Any = None
+
+
+class NatsConnection:
+    """A connection to NATS that heals by itself; all methods are for any thread.
+
+    Callbacks are called on its thread and return at once. No method but `open`,
+    `subscribe` and `close` waits, and each of these only within its time.
+    """
+
+    def __init__(
+        self,
+        url: NatsUrl,
+        *,
+        name: str = "placement",
+        pack: Callable[[Sequence[bytes], int], Sequence[bytes]] | None = None,
+        outbound_bytes_max: int = OUTBOUND_BYTES_MAX,
+    ) -> None:
+        url.check()
+        self.url = url
+        self.counts: Counter[str] = Counter()
+        """How often each event has been, and each kind of frame lost."""
+        self.max_payload = 1 << 20
+        """The largest message that the server takes."""
+        self._name = name
+        self._pack = pack or (lambda frames, _limit: frames)
+        self._outbound_bytes_max = outbound_bytes_max
+        self._listeners: list[Callable[[ConnectionEvent], None]] = []
+        # Of the loop's thread, but for reading.
+        self._client: Client | None = None
+        self._wanted: dict[str, _Wanted] = {}
+        self._tasks: dict[asyncio.Task[Any], None] = {}
+        self._refused: set[str] = set()
+        self._is_closing = False
+        self._keeper: asyncio.Task[None] | None = None
+        # Shared with those who publish.
+        self._lock = threading.Lock()
+        self._outbound: deque[tuple[str, bytes]] = deque()
+        self._outbound_bytes = 0
+        self._is_draining = False
+        self._loop = asyncio.new_event_loop()
+        self._lost = asyncio.Event()
+        self._drain_lock = asyncio.Lock()
+        self._thread = threading.Thread(
+            target=self._run, name=f"nats-{name}", daemon=True
+        )
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"<NatsConnection {self.url}>"
+
+    @classmethod
+    def open(
+        cls, url: NatsUrl, *, timeout_s: float = 2 * CONNECT_S, **more: Any
+    ) -> "NatsConnection":
+        """Connect; the first connection must succeed.
+
+        Raises:
+            MissingExtra: nats-py is not installed.
+            BadNatsUrl: a file that the URL names cannot be read.
+            NatsUnreachable: no server answers.
+            NatsRefused: the server does not let us in, and why.
+        """
+        _client_type(url)
+        connection = cls(url, **more)
+        try:
+            connection._wait(connection._first(), timeout_s, "connecting")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    # --- for any thread ---
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection now."""
+        client = self._client
+        return client is not None and client.is_connected
+
+    @property
+    def client(self) -> "Client":
+        """The client of the connection there is now. For its own thread.
+
+        Raises:
+            NatsLost: there is none.
+        """
+        client = self._client
+        if client is None or not client.is_connected:
+            raise NatsLost(
+                f"NATS {self.url}: there is no connection", may_have_happened=False
+            )
+        return client
+
+    def listen(self, listener: Callable[[ConnectionEvent], None]) -> None:
+        """Have `listener` called with every event, on the connection's thread."""
+        self._listeners.append(listener)
+
+    def unlisten(self, listener: Callable[[ConnectionEvent], None]) -> None:
+        """Call it no more."""
+        with suppress(ValueError):
+            self._listeners.remove(listener)
+
+    def submit(
+        self, work: "Callable[[Client], Coroutine[Any, Any, T]]", *, timeout_s: float
+    ) -> Future[T]:
+        """Run `work` with the client on the connection's thread; waits for nothing.
+
+        The future fails with `NatsLost` when the connection is lost meanwhile, with
+        `NatsUnreachable` when the time is over, and with what `work` raised.
+        """
+        done: Future[T] = Future()
+
+        def begin() -> None:
+            try:
+                client = self.client
+            except NatsLost as error:
+                done.set_exception(error)
+                return
+            task = self._loop.create_task(self._perform(work, client, timeout_s, done))
+            self._tasks[task] = None
+            task.add_done_callback(lambda each: self._tasks.pop(each, None))
+
+        if not self._soon(begin):
+            done.set_exception(self._is_closed())
+        return done
+
+    def call(
+        self, work: "Callable[[Client], Coroutine[Any, Any, T]]", *, timeout_s: float
+    ) -> T:
+        """What `work` returns; waits, so not for the connection's own thread.
+
+        Raises:
+            NatsFailure: as `submit`'s future.
+        """
+        done = self.submit(work, timeout_s=timeout_s)
+        try:
+            return done.result(timeout_s + CLOSE_S)
+        except TimeoutError:
+            raise NatsUnreachable(f"NATS {self.url}: no answer in time") from None
+
+    def publish(self, subject: str, data: bytes) -> bool:
+        """Hand over a frame to be published; false: it surely never will be.
+
+        It is not where there is no connection, or too much waits already. One that
+        was handed over may still be lost, with its connection: that is counted.
+        """
+        size = len(data)
+        with self._lock:
+            if self._client is None or self._is_closing:
+                self.counts["frames refused: no connection"] += 1
+                return False
+            if self._outbound_bytes + size > self._outbound_bytes_max:
+                self.counts["frames refused: outbound buffer full"] += 1
+                return False
+            self._outbound.append((subject, data))
+            self._outbound_bytes += size
+            if self._is_draining:
+                return True
+            self._is_draining = True
+        # One wake-up for all that is handed over until the loop has come to it.
+        return self._soon(self._begin_draining)
+
+    def subscribe(
+        self,
+        subject: str,
+        callback: Callable[[str, bytes], None],
+        *,
+        timeout_s: float = CONNECT_S,
+    ) -> None:
+        """Have `callback` called with subject and data, on every connection.
+
+        Raises:
+            NatsRefused: the server does not permit it.
+            NatsFailure: it is not known whether it has been done.
+        """
+        wanted = _Wanted(subject, callback)
+
+        async def work(client: "Client") -> None:
+            self._wanted[subject] = wanted
+            await self._subscribe(client, wanted)
+            await client.flush(timeout=max(1, round(timeout_s)))
+            if subject.lower() in self._refused:
+                del self._wanted[subject]
+                raise NatsRefused(
+                    f"NATS {self.url}: it is not permitted to subscribe to {subject}"
+                )
+
+        self.call(work, timeout_s=timeout_s)
+
+    def unsubscribe(self, subject: str) -> None:
+        """Receive nothing more of `subject`; waits for nothing."""
+
+        def end() -> None:
+            wanted = self._wanted.pop(subject, None)
+            if wanted is not None and wanted.held is not None and self.is_connected:
+                self._spawn(_quietly(wanted.held.unsubscribe()))
+
+        self._soon(end)
+
+    def flush(self, *, timeout_s: float = FLUSH_S) -> None:
+        """Wait until the server has all that was published until now.
+
+        Raises:
+            NatsFailure: it has not, or that is not known.
+        """
+
+        async def work(client: "Client") -> None:
+            async with self._drain_lock:
+                pass  # what was handed over before has been published
+            await client.flush(timeout=max(1, round(timeout_s)))
+
+        self.call(work, timeout_s=timeout_s)
+
+    def close(self, *, timeout_s: float = CLOSE_S) -> None:
+        """End the connection and its thread, within the time, whatever hangs."""
+        with self._lock:
+            is_first, self._is_closing = not self._is_closing, True
+        if is_first:
+            self._soon(lambda: self._spawn(self._end(timeout_s)))
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s + 1.0)
+
+    # --- the thread ---
+
+    def _run(self) -> None:
+        loop = self._loop
+        asyncio.set_event_loop(loop)
+        loop.set_exception_handler(_say)
+        try:
+            loop.run_forever()
+        finally:
+            left = asyncio.all_tasks(loop)
+            for task in left:
+                task.cancel()
+            if left:
+                loop.run_until_complete(asyncio.wait(left, timeout=0.5))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            with self._lock:
+                loop.close()
+
+    def _soon(self, turn: Callable[[], object]) -> bool:
+        """Run `turn` on the loop's thread; false where that has ended."""
+        try:
+            self._loop.call_soon_threadsafe(turn)
+        except RuntimeError:
+            return False
+        return True
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+        return self._loop.create_task(work)
+
+    def _is_closed(self) -> NatsLost:
+        return NatsLost(
+            f"NATS {self.url}: the connection has been closed", may_have_happened=False
+        )
+
+    def _wait(
+        self, work: Coroutine[Any, Any, None], timeout_s: float, doing: str
+    ) -> None:
+        done = asyncio.run_coroutine_threadsafe(
+            asyncio.wait_for(work, timeout_s), self._loop
+        )
+        try:
+            done.result(timeout_s + CLOSE_S)
+        except TimeoutError:
+            done.cancel()
+            raise NatsUnreachable(
+                f"NATS {self.url}: {doing} took longer than {timeout_s:g} s",
+                may_have_happened=False,
+            ) from None
+
+    async def _perform(
+        self,
+        work: "Callable[[Client], Coroutine[Any, Any, T]]",
+        client: "Client",
+        timeout_s: float,
+        done: Future[T],
+    ) -> None:
+        try:
+            result = await asyncio.wait_for(work(client), timeout_s)
+        except TimeoutError:
+            error: BaseException = NatsUnreachable(
+                f"NATS {self.url}: no answer within {timeout_s:g} s"
+            )
+        except asyncio.CancelledError:
+            error = NatsLost(f"NATS {self.url}: the connection was lost meanwhile")
+        except BaseException as raised:  # whoever waits for it decides
+            error = raised
+        else:
+            with suppress(Exception):  # cancelled by whoever wanted it
+                done.set_result(result)
+            return
+        with suppress(Exception):
+            done.set_exception(error)
+
+    # --- connecting ---
+
+    async def _first(self) -> None:
+        await self._connect()
+        self._keeper = self._spawn(self._keep())
+
+    async def _connect(self) -> None:
+        """Make a client and connect it; its subscriptions are there then.
+
+        Raises:
+            NatsFailure: it could not be.
+        """
+        client = _client_type(self.url)()
+        errors: list[BaseException] = []
+        is_up = False
+
+        async def error(raised: Exception) -> None:
+            if is_up:
+                self._on_error(client, raised)
+            else:
+                errors.append(raised)
+
+        async def lost() -> None:
+            self._lose(client)
+
+        try:
+            await asyncio.wait_for(
+                client.connect(
+                    servers=[f"nats://{server}" for server in self.url.servers],
+                    error_cb=error,
+                    closed_cb=lost,
+                    name=self._name,
+                    # What the client would keep for its next connection is "may
+                    # have been sent": each connection is a client of its own.
+                    allow_reconnect=False,
+                    max_reconnect_attempts=1,
+                    reconnect_time_wait=0,
+                    connect_timeout=round(CONNECT_S),
+                    ping_interval=round(PING_EVERY_S),
+                    max_outstanding_pings=PINGS_OUT_MAX,
+                    pending_size=_CLIENT_BYTES_MAX,
+                    **_credentials(self.url),
+                ),
+                CONNECT_S * len(self.url.servers),
+            )
+            for wanted in tuple(self._wanted.values()):
+                await self._subscribe(client, wanted)
+        except asyncio.CancelledError:
+            await _end_client(client)
+            raise
+        except BaseException as raised:
+            await _end_client(client)
+            # The last of the client's own says why no server was left.
+            cause = errors[-1] if errors else raised
+            raise self._failure(cause) from None
+        is_up = True
+        self.max_payload = client.max_payload
+        self._refused.clear()
+        self._lost.clear()
+        with self._lock:
+            self._client = client
+        reading = getattr(client, "_reading_task", None)
+        if reading is not None:
+            # Its end is the first sign of a loss, whatever else then hangs.
+            reading.add_done_callback(lambda _: self._lose(client))
+
+    def _failure(self, raised: BaseException) -> NatsFailure:
+        text = str(raised).removeprefix("nats: ").strip("'\" ")
+        where = f"NATS {self.url}"
+        if isinstance(raised, NatsFailure):
+            return raised
+        if isinstance(raised, ssl.SSLError):
+            why = getattr(raised, "verify_message", "") or raised.reason or text
+            return NatsRefused(
+                f"{where}: no trust by TLS: {why}", may_have_happened=False
+            )
+        if "authorization" in text.lower() or "authentication" in text.lower():
+            return NatsRefused(
+                f"{where}: the server refuses the credentials: {text}",
+                may_have_happened=False,
+            )
+        if isinstance(raised, TimeoutError):
+            text = "no answer in time"
+        elif isinstance(raised, OSError) and not isinstance(raised, socket.gaierror):
+            text = os.strerror(raised.errno) if raised.errno else text
+        return NatsUnreachable(
+            f"{where}: no connection: {text or type(raised).__name__}",
+            may_have_happened=False,
+        )
+
+    def _lose(self, client: "Client") -> None:
+        """A connection is over."""
+        if self._client is not client:
+            return
+        with self._lock:
+            self._client = None
+            lost, self._outbound_bytes = len(self._outbound), 0
+            self._outbound.clear()
+        why = client.last_error
+        for task in tuple(self._tasks):
+            task.cancel()
+        for wanted in self._wanted.values():
+            wanted.held = None
+        self._spawn(_end_client(client))
+        if self._is_closing:
+            return
+        text = "" if why is None else str(why)
+        self._tell("Disconnected", text or "the server has gone", lost)
+        if lost:
+            self._tell("OutboundLost", "with their connection", lost)
+        self._lost.set()
+
+    async def _keep(self) -> None:
+        """Connect again whenever a connection is lost."""
+        while True:
+            await self._lost.wait()
+            pause_s, said = _PAUSE_MIN_S, ""
+            while self._client is None:
+                # Not all at once, after a server that all had has gone.
+                await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))  # noqa: S311
+                pause_s = min(_PAUSE_MAX_S, pause_s * 2)
+                try:
+                    await self._connect()
+                except NatsFailure as error:
+                    if said != str(error):
+                        self._tell("ReconnectFailed", said := str(error))
+            self._tell("Reconnected", "")
+
+    async def _subscribe(self, client: "Client", wanted: _Wanted) -> None:
+        async def received(message: "Msg") -> None:
+            wanted.callback(message.subject, message.data)
+
+        wanted.held = await client.subscribe(
+            wanted.subject,
+            cb=received,
+            pending_msgs_limit=INBOUND_MESSAGES_MAX,
+            pending_bytes_limit=INBOUND_BYTES_MAX,
+        )
+
+    def _on_error(self, client: "Client", raised: Exception) -> None:
+        text = str(raised).removeprefix("nats: ")
+        found = _SUBSCRIPTION.search(text)
+        if found is not None:
+            self._refused.add(found[1].lower())
+            self._tell("SubscriptionLost", text)
+        elif type(raised).__name__ == "SlowConsumerError":
+            subject = getattr(raised, "subject", "")
+            self._tell("SlowConsumer", f"a message to {subject} was dropped", 1)
+        elif not client.is_closed:
+            self._tell("ServerError", text or type(raised).__name__)
+
+    def _tell(self, name: str, reason: str, count: int = 0) -> None:
+        self.counts[name] += count or 1
+        event = ConnectionEvent(name, reason, count)
+        for listener in tuple(self._listeners):
+            try:
+                listener(event)
+            except Exception:
+                log.exception("a listener of a connection raised")
+
+    # --- out ---
+
+    def _begin_draining(self) -> None:
+        task = self._spawn(self._drain())
+        self._tasks[task] = None
+        task.add_done_callback(lambda each: self._tasks.pop(each, None))
+
+    async def _drain(self) -> None:
+        """Publish all that waits, frames of one subject together."""
+        async with self._drain_lock:
+            left = 0
+            try:
+                while True:
+                    with self._lock:
+                        waiting, client = tuple(self._outbound), self._client
+                        self._outbound.clear()
+                        if not waiting or client is None:
+                            self._is_draining = False
+                            return
+                    left = len(waiting)
+                    await self._publish_all(client, waiting)
+                    left = 0
+                    with self._lock:
+                        size = sum(len(data) for _, data in waiting)
+                        self._outbound_bytes = max(0, self._outbound_bytes - size)
+            except asyncio.CancelledError:
+                with self._lock:
+                    self._is_draining = False
+                    self.counts["frames lost with their connection"] += left
+                raise
+
+    async def _publish_all(
+        self, client: "Client", waiting: Sequence[tuple[str, bytes]]
+    ) -> None:
+        by_subject: dict[str, list[bytes]] = {}
+        for subject, data in waiting:
+            by_subject.setdefault(subject, []).append(data)
+        for subject, frames in by_subject.items():
+            for message in self._pack(frames, self.max_payload):
+                try:
+                    await client.publish(subject, message)
+                except Exception as error:  # too large, or the connection is over
+                    text = str(error).removeprefix("nats: ")
+                    self._tell("OutboundLost", text or type(error).__name__, 1)
+
+    # --- the end ---
+
+    async def _end(self, timeout_s: float) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+        client, self._client = self._client, None
+        for task in tuple(self._tasks):
+            task.cancel()
+        if client is not None:
+            await _end_client(client, timeout_s=timeout_s / 2)
+        self._loop.stop()
+
+
+def _client_type(url: NatsUrl) -> "type[Client]":
+    """nats-py's client, which here never says a secret without TLS where TLS is due.
+
+    Raises:
+        MissingExtra: nats-py is not installed, or what signs for it.
+    """
+    try:
+        import nats.aio.client  # noqa: PLC0415  only those who use it have it
+
+        if url.creds is not None or url.nkey is not None:
+            import nkeys  # noqa: F401, PLC0415  nats-py imports it when it signs
+    except ModuleNotFoundError as error:
+        raise MissingExtra(error.name or "nats") from None
+    if not url.tls:
+        return nats.aio.client.Client
+
+    class TlsClient(nats.aio.client.Client):
+        async def _process_info(
+            self,
+            info: dict[str, Any],
+            initial_connection: bool = False,  # noqa: FBT001, FBT002  nats-py's own
+        ) -> None:
+            # Before a word about who we are: nats-py goes on in plain text.
+            if initial_connection and not info.get("tls_required"):
+                raise NatsRefused(
+                    f"NATS {url}: the server does not ask for TLS, the URL does",
+                    may_have_happened=False,
+                )
+            await super()._process_info(info, initial_connection)
+
+    return TlsClient
+
+
+def _credentials(url: NatsUrl) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "user": url.user,
+        "password": url.password,
+        "token": url.token,
+        "user_credentials": None if url.creds is None else str(url.creds),
+        "nkeys_seed": None if url.nkey is None else str(url.nkey),
+        "tls": url.tls_context(),
+        "tls_hostname": url.tls_hostname,
+    }
+    if url.tls_first:
+        found["tls_handshake_first"] = True
+    return {name: value for name, value in found.items() if value is not None}
+
+
+async def _end_client(client: "Client", *, timeout_s: float = 1.0) -> None:
+    """Close it, or at least its socket: a peer that reads nothing holds up nobody."""
+    with suppress(Exception):
+        await asyncio.wait_for(client.close(), timeout_s)
+    wire = getattr(client, "_transport", None)
+    for name in ("_io_writer", "_bare_io_writer"):
+        writer = getattr(wire, name, None)
+        if writer is not None:
+            writer.transport.abort()
+
+
+async def _quietly(work: Coroutine[Any, Any, Any]) -> None:
+    with suppress(Exception):
+        await work
+
+
+def _say(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    log.error(
+        "the thread of NATS",
+        said=context.get("message"),
+        exc_info=context.get("exception"),
+    )
