@@ -16,6 +16,7 @@ from actors.outbox import Outbox
 from actors.postbox import Postbox
 from actors.simulated_store import RecordingStore
 from actors.simulation import Process, Shared
+from actors.transport import Origin
 from placement.claim import ClaimEffect, Claims, ReleaseLock, TellHolderState
 from placement.contracts import (
     Acquire,
@@ -306,9 +307,9 @@ class SentAgain(Variant):
 
 
 class _CredulousPostbox(Postbox):
-    def _arrived(self, data: bytes) -> None:
+    def _arrived(self, data: bytes, origin: Origin | None = None) -> None:
         self._last_seen.clear()
-        super()._arrived(data)
+        super()._arrived(data, origin)
 
 
 class _CredulousNode(PlacementNode):

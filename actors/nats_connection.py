@@ -256,8 +256,8 @@ class ConnectionEvent:
     """What happened to a connection.
 
     `name` is Disconnected, Reconnected, ReconnectFailed, SlowConsumer,
-    SubscriptionLost, OutboundLost or ServerError; `count` how many frames were
-    lost with it.
+    SubscriptionLost, OutboundFull, OutboundLost or ServerError; `count` how many
+    frames were lost with it.
     """
 
     name: str
@@ -311,6 +311,7 @@ class NatsConnection:
         self._outbound: deque[tuple[str, bytes]] = deque()
         self._outbound_bytes = 0
         self._is_draining = False
+        self._is_full = False
         self._loop = asyncio.new_event_loop()
         self._lost = asyncio.Event()
         self._drain_lock = asyncio.Lock()
@@ -425,6 +426,9 @@ class NatsConnection:
                 return False
             if self._outbound_bytes + size > self._outbound_bytes_max:
                 self.counts["frames refused: outbound buffer full"] += 1
+                if not self._is_full:
+                    self._is_full = True
+                    self._soon(self._say_full)
                 return False
             self._outbound.append((subject, data))
             self._outbound_bytes += size
@@ -729,6 +733,9 @@ class NatsConnection:
 
     # --- out ---
 
+    def _say_full(self) -> None:
+        self._tell("OutboundFull", f"{self._outbound_bytes_max} bytes wait already")
+
     def _begin_draining(self) -> None:
         task = self._spawn(self._drain())
         self._tasks[task] = None
@@ -743,6 +750,7 @@ class NatsConnection:
                     with self._lock:
                         waiting, client = tuple(self._outbound), self._client
                         self._outbound.clear()
+                        self._is_full = False
                         if not waiting or client is None:
                             self._is_draining = False
                             return

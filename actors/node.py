@@ -11,7 +11,8 @@ import pykka
 
 from actors.activation import Activation, GrainActivation, Mail
 from actors.coordinator import Arrived, PartitionCoordinator, TopologyChanged
-from actors.engine import EmbeddedEngine, Engine, Settings
+from actors.engine import EmbeddedEngine, Engine, Settings, ThreadEngine
+from actors.engine_url import open_engine
 from actors.event_stream import EventStream
 from actors.future import BlockingInGrain, Future, must_not_block
 from actors.grain import encode_rejected
@@ -300,12 +301,17 @@ class _NodeHost:
 class PlacementNode(Verbs):
     """One node: `start_member` hosts and resolves, `start_client` only resolves.
 
-    `kinds` maps the name of a kind to a class or `Kind`. Without an `engine` the
-    node makes its own over `store`. Settings are those of `Settings`.
+    `kinds` maps the name of a kind to a class or `Kind`. `engine` is a URL such as
+    nats://host:4222, by which nodes of many processes are one cluster; without one
+    the node is alone, over `store` (the memory unless given). Settings are those of
+    `Settings`.
 
     Raises:
         BadKind: a kind is none, or its `handler_max` is above the margin.
-        ValueError: a setting makes no sense.
+        ValueError: a setting makes no sense, or is another than the cluster's; the
+            engine or store cannot be.
+        NatsFailure: the engine cannot be reached, or does not let us in.
+        StoreFailure: the store cannot be opened now.
     """
 
     #: What it is made of. A simulation puts variants in the place of these.
@@ -325,8 +331,8 @@ class PlacementNode(Verbs):
         name: str,
         *,
         kinds: Mapping[str, Kind | type] | None = None,
-        engine: Engine | None = None,
-        store: str = "memory://",
+        engine: Engine | str | None = None,
+        store: str | None = None,
         weight: float = 1.0,
         witness: Witness | None = None,
         settings: Settings | None = None,
@@ -340,10 +346,12 @@ class PlacementNode(Verbs):
         for kind, each in self._kinds.items():
             Identity(kind, "x")
             each.check(settings.margin_s)
-        self._own_engine: EmbeddedEngine | None = None
-        if engine is None:
+        self._own_engine: ThreadEngine | None = None
+        if isinstance(engine, str):
+            engine = self._own_engine = open_engine(engine, store, settings)
+        elif engine is None:
             engine = self._own_engine = EmbeddedEngine(
-                store, partitions=settings.partitions
+                store or "memory://", partitions=settings.partitions
             )
         self._engine: Engine = engine
         self._witness = witness
@@ -475,8 +483,8 @@ class PlacementNode(Verbs):
             raise NotReady(f"{self.name} is {self._state}, a node starts once")
         if self._own_engine is not None:
             self._own_engine.take_over(timeout_s=timeout)
+        self._postbox.open(is_member=isinstance(message, BeginMember))
         self._state = "starting"
-        self._postbox.open()
         self._outbox.open()
         self._tell_placement(message)
 
@@ -610,6 +618,8 @@ class PlacementNode(Verbs):
         if not self._has_left:
             self._publish(Happened(kind="placement", name="StopTimedOut"))
             self._die(until_ns)
+        if self._has_left and not self._engine.system.is_current():
+            self._linger(until_ns)
         # What has arrived already bounces; nothing else arrives.
         self._postbox.leave()
         if self._engine.system.is_current():
@@ -618,6 +628,14 @@ class PlacementNode(Verbs):
         self._postbox.handled(handled)
         with suppress(OutcomeUnknown):
             handled.get(timeout=self._left_s(until_ns))
+
+    def _linger(self, until_ns: int) -> None:
+        """Give back what is still sent here, until others know that it has left."""
+        wanted_s = self._engine.transport.linger_s(self.settings.renew_every_s)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self.is_dead, min(wanted_s, self._left_s(until_ns))
+            )
 
     def _end_killed(self, until_ns: int) -> None:
         self._die(until_ns)

@@ -7,14 +7,27 @@ from typing import Any
 from actors.dispatch import Dispatcher
 from actors.future import Future
 from actors.log import log
-from actors.transport import Transport
+from actors.transport import Origin, Transport
 from messages.codec import BadFrame, Codec
-from messages.frames import Answer, Bounce, Deliver, Failure, Frame
+from messages.frames import (
+    Answer,
+    Bounce,
+    Deliver,
+    Envelope,
+    Failure,
+    Frame,
+    Mark,
+    Resolve,
+)
 from placement.errors import BadMessage
 from placement.event import Happened
 from placement.topology import Address
 
 DEPARTED_MAX = 1_024
+CLIENTS_MAX = 10_000
+
+#: All that a client has to say to a node.
+OF_CLIENTS = (Resolve, Deliver, Mark)
 
 
 class Postbox:
@@ -35,7 +48,7 @@ class Postbox:
         handle: Callable[[Address, Frame], None],
         publish: Callable[[Happened], None],
     ) -> None:
-        self._codec = Codec(cluster)
+        self._codec = Codec(cluster, frame_bytes_max=transport.frame_bytes_max)
         self._address = address
         self._transport = transport
         self._dispatcher = dispatcher
@@ -47,12 +60,18 @@ class Postbox:
         self._last_sent = 0
         self._last_seen: dict[str, int] = {}
         self._departed: dict[str, None] = {}
+        self._clients: dict[str, None] = {}
         self._is_open = False
 
-    def open(self) -> None:
-        """Receive from now on."""
+    def open(self, *, is_member: bool = True) -> None:
+        """Receive from now on; a client receives from members only."""
         self._is_open = True
-        self._transport.attach(self._address, self._receive)
+        self._transport.attach(
+            self._address,
+            self._receive,
+            is_member=is_member,
+            publish=self._publish,
+        )
 
     def close(self) -> None:
         """Send and receive no more."""
@@ -119,7 +138,7 @@ class Postbox:
 
     def _hand_over(self, to: Address, data: bytes) -> bool:
         try:
-            return self._transport.send(to, data)
+            return self._transport.send(to, data, sender=self._address)
         except Exception as error:  # a transport is another's code
             log.exception("the transport raised", to=to)
             self._publish(
@@ -144,25 +163,52 @@ class Postbox:
             del self._departed[first]
             self._last_seen.pop(first, None)
 
-    def _receive(self, data: bytes) -> None:
-        self._dispatcher.post(self._arrived, data)
+    def _receive(self, data: bytes, origin: Origin | None = None, /) -> None:
+        self._dispatcher.post(self._arrived, data, origin)
 
     def _handle_own(self, body: Frame) -> None:
         if self._is_open:
             self._handle(self._address, body)
 
-    def _arrived(self, data: bytes) -> None:
+    def _arrived(self, data: bytes, origin: Origin | None = None) -> None:
         if not self._is_open:
             return
         try:
             envelope: Any = self._codec.decode(data, receiver=self._address)
+            if origin is not None:
+                _check(origin, envelope)
         except BadFrame as error:
             self._publish(
                 Happened(kind="placement", name="FrameRefused", reason=str(error))
             )
             return
-        if envelope.number <= self._last_seen.get(envelope.sender, 0):
+        sender = envelope.sender
+        if envelope.number <= self._last_seen.get(sender, 0):
             return
-        self._last_seen[envelope.sender] = envelope.number
-        self._departed.pop(envelope.sender, None)
-        self._handle(Address(envelope.sender), envelope.body)
+        self._last_seen[sender] = envelope.number
+        self._departed.pop(sender, None)
+        if origin is not None and not origin.is_node:
+            self._note_client(sender)
+        self._handle(Address(sender), envelope.body)
+
+    def _note_client(self, sender: str) -> None:
+        """Remember the last clients only: of theirs no session tells that they end."""
+        self._clients.pop(sender, None)
+        self._clients[sender] = None
+        if len(self._clients) > CLIENTS_MAX:
+            first = next(iter(self._clients))
+            del self._clients[first]
+            self._last_seen.pop(first, None)
+
+
+def _check(origin: Origin, envelope: Envelope) -> None:
+    """Refuse who speaks as another, or as a node and is none.
+
+    Raises:
+        BadFrame: it does.
+    """
+    if envelope.sender != origin.address:
+        raise BadFrame(f"{origin.address!r} speaks as {envelope.sender!r}")
+    if not origin.is_node and not isinstance(envelope.body, OF_CLIENTS):
+        name = type(envelope.body).__name__
+        raise BadFrame(f"{name}: {origin.address!r} is a client, and may not say that")

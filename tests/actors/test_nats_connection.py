@@ -169,6 +169,8 @@ def test_one_wake_up_hands_over_many_frames(server: NatsServer) -> None:
 
 def test_a_full_outbound_buffer_is_a_failure_that_is_seen(server: NatsServer) -> None:
     with connected(server.url, outbound_bytes_max=1_000) as connection:
+        events: list[ConnectionEvent] = []
+        connection.listen(events.append)
         hold = threading.Event()
         connection._soon(lambda: hold.wait(10))
         outcomes = [connection.publish("full", b"x" * 100) for _ in range(20)]
@@ -176,6 +178,7 @@ def test_a_full_outbound_buffer_is_a_failure_that_is_seen(server: NatsServer) ->
         connection.flush()
         assert outcomes == [True] * 10 + [False] * 10
         assert connection.counts["frames refused: outbound buffer full"] == 10
+        assert [event.name for event in events] == ["OutboundFull"]
         assert connection.publish("full", b"x" * 1_000)
 
 
