@@ -130,6 +130,26 @@ def test_a_node_that_leaves_loses_no_message(server: NatsServer, cluster: str) -
         assert len(nodes["b"].snapshot().activations) == 50
 
 
+def test_who_knows_of_no_leave_yet_gets_its_messages_back(
+    server: NatsServer, cluster: str
+) -> None:
+    settings = Settings(cluster=cluster, ttl=3.0)
+    with nodes_over(server.url, "abc", settings) as nodes:
+        client = nodes["c"]
+        for number in range(50):
+            assert client.ref(f"echo/{number}").ask(number) == number
+        left = nodes["a"].session
+        with ThreadPoolExecutor(1) as pool:
+            stopped = pool.submit(nodes["a"].stop)
+            await_fact(lambda: nodes["a"].has_left)
+            assert left in client.topology
+            for number in range(50):
+                assert client.ref(f"echo/{number}").ask(number, timeout=20) == number
+            stopped.result()
+        for number in range(50):
+            assert client.ref(f"echo/{number}").ask(number, timeout=20) == number
+
+
 def test_r2_5_a_killed_node_is_taken_over_after_its_time_to_live(
     server: NatsServer, cluster: str
 ) -> None:

@@ -236,6 +236,7 @@ def test_a_detached_node_hears_nothing_more(server: NatsServer) -> None:
         box.close()
         here.connection.flush()
         assert sender.send(A, HINT)
+        there.connection.flush()
         again = here.box(A)
         assert sender.send(A, LoopBack(1))
         await_fact(lambda: len(here.got) == 2)
