@@ -145,8 +145,11 @@ def agree(
 ) -> ClusterRecord:
     """What the cluster has in common; the first one that comes writes its own.
 
+    Who `adopts` what is there writes nothing.
+
     Raises:
-        BadEngine: the cluster has something else, or JetStream is off.
+        BadEngine: the cluster has something else, or is not there for who adopts it;
+            JetStream is off.
         NatsFailure: it could not be read or written, or is not permitted.
     """
     refused: list[str] = []
@@ -158,7 +161,13 @@ def agree(
     connection.listen(noticed)
     try:
         there = connection.call(
-            partial(_agree, url=connection.url, ours=ours, refused=refused),
+            partial(
+                _agree,
+                url=connection.url,
+                ours=ours,
+                refused=refused,
+                adopts=adopts,
+            ),
             timeout_s=_AGREE_S,
         )
     finally:
@@ -173,7 +182,12 @@ def agree(
 
 
 async def _agree(
-    client: "Client", *, url: NatsUrl, ours: ClusterRecord, refused: list[str]
+    client: "Client",
+    *,
+    url: NatsUrl,
+    ours: ClusterRecord,
+    refused: list[str],
+    adopts: bool,
 ) -> ClusterRecord:
     """Ask until there is an answer: servers that choose a leader give none."""
     import nats.errors  # noqa: PLC0415  few have it
@@ -182,7 +196,7 @@ async def _agree(
     js = client.jetstream(timeout=_ANSWER_S)
     while True:
         try:
-            return await _look(js, url, ours)
+            return await _look(js, url, ours, adopts=adopts)
         except (nats.errors.TimeoutError, nats.js.errors.NoStreamResponseError):
             if refused:
                 raise NatsRefused(f"NATS {url}: {refused[0]}") from None
@@ -205,7 +219,7 @@ async def _agree(
 
 
 async def _look(
-    js: "JetStreamContext", url: NatsUrl, ours: ClusterRecord
+    js: "JetStreamContext", url: NatsUrl, ours: ClusterRecord, *, adopts: bool
 ) -> ClusterRecord:
     import nats.js.errors  # noqa: PLC0415  few have it
 
@@ -215,6 +229,10 @@ async def _look(
         with suppress(nats.js.errors.KeyNotFoundError):
             found = await bucket.get(key)
             return msgspec.json.decode(found.value or b"", type=ClusterRecord)
+        if adopts:
+            raise BadEngine(
+                f"NATS {url}: there is no cluster {ours.cluster!r}: no node was there"
+            )
         # Where another was faster it is read instead.
         with suppress(nats.js.errors.KeyWrongLastSequenceError):
             await bucket.create(key, msgspec.json.encode(ours))

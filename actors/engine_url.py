@@ -1,6 +1,11 @@
 """Engine URLs: what carries messages between processes, named by a URL."""
 
-from actors.engine import Settings, ThreadEngine
+from typing import TYPE_CHECKING
+
+from actors.engine import Settings
+
+if TYPE_CHECKING:
+    from actors.engine_nats import NatsEngine
 
 __all__ = ["BadEngine", "open_engine"]
 
@@ -11,7 +16,7 @@ class BadEngine(ValueError):
 
 def open_engine(
     url: str, store: str | None, settings: Settings, *, adopts: bool = False
-) -> ThreadEngine:
+) -> "NatsEngine":
     """The engine that `url` names, on its own store, or on the one that is named.
 
     With `adopts` the settings are those of the cluster, where there is one.

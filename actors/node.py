@@ -361,6 +361,7 @@ class PlacementNode(Verbs):
         self._session: SessionId | None = None
         self._table: PartitionTable | None = None
         self._has_left = False
+        self._is_member = False
         self._is_ending = False
         self._is_over = False
         self._stuck_since_ns = 0
@@ -483,7 +484,8 @@ class PlacementNode(Verbs):
             raise NotReady(f"{self.name} is {self._state}, a node starts once")
         if self._own_engine is not None:
             self._own_engine.take_over(timeout_s=timeout)
-        self._postbox.open(is_member=isinstance(message, BeginMember))
+        self._is_member = isinstance(message, BeginMember)
+        self._postbox.open(is_member=self._is_member)
         self._state = "starting"
         self._outbox.open()
         self._tell_placement(message)
@@ -618,7 +620,8 @@ class PlacementNode(Verbs):
         if not self._has_left:
             self._publish(Happened(kind="placement", name="StopTimedOut"))
             self._die(until_ns)
-        if self._has_left and not self._engine.system.is_current():
+        is_awaited = self._has_left and self._is_member
+        if is_awaited and not self._engine.system.is_current():
             self._linger(until_ns)
         # What has arrived already bounces; nothing else arrives.
         self._postbox.leave()

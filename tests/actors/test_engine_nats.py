@@ -139,6 +139,7 @@ def test_who_knows_of_no_leave_yet_gets_its_messages_back(
         for number in range(50):
             assert client.ref(f"echo/{number}").ask(number) == number
         left = nodes["a"].session
+        assert left is not None
         with ThreadPoolExecutor(1) as pool:
             stopped = pool.submit(nodes["a"].stop)
             await_fact(lambda: nodes["a"].has_left)
