@@ -100,6 +100,7 @@ class _Got(msgspec.Struct):
 class _Done(msgspec.Struct):
     error: _Error | None = None
     config: dict[str, Any] = {}
+    state: dict[str, Any] = {}
 
 
 _read_ack = msgspec.json.Decoder(_Ack).decode
@@ -163,9 +164,16 @@ class Bucket:
         ack = _read_ack(answer.data)
         if ack.error is None:
             return ack.seq
-        if ack.error.err_code in _WRONG_REVISION:
-            raise WrongRevision(f"{self._where}: {key}: {ack.error.description}")
-        raise self._refusal(ack.error)
+        error = ack.error
+        if error.err_code in _WRONG_REVISION:
+            raise WrongRevision(f"{self._where}: {key}: {error.description}")
+        is_full = error.description.startswith("maximum ")
+        if error.code == _UNAVAILABLE and not is_full:
+            # A leader that steps down may have handed it on already.
+            raise NoAnswer(f"{self._where}: {error.description}")
+        if is_full:
+            raise NotDone(f"{self._where}: the bucket is full: {error.description}")
+        raise self._refusal(error)
 
     async def read(self, key: str, *, until: float) -> tuple[int, bytes] | None:
         """The revision and data of `key` as its leader has it; none: it has none.
@@ -182,6 +190,19 @@ class Bucket:
         if got.error is None or got.error.err_code == _NO_MESSAGE:
             return None
         raise self._refusal(got.error)
+
+    async def keys(self, key: str, *, until: float) -> list[str]:
+        """The keys that `key`, which ends with a wildcard, stands for.
+
+        Raises:
+            BucketError: there is no answer.
+        """
+        wanted = {"subjects_filter": self._prefix + key}
+        done = _read_done(await self._api("INFO", wanted, until))
+        if done.error is not None:
+            raise self._refusal(done.error)
+        subjects = done.state.get("subjects") or {}
+        return [subject.removeprefix(self._prefix) for subject in subjects]
 
     async def purge(self, key: str, *, until: float) -> None:
         """Remove `key`, which may end with a wildcard, without a trace.

@@ -486,6 +486,7 @@ class NatsStore:
         self._rules = _Rules()
         self._known = _KnownEntries()
         self._sessions: dict[SessionId, tuple[int, SessionRecord]] = {}
+        self._doubted: set[SessionId] = set()
         self._closed: OrderedDict[SessionId, SessionRecord] = OrderedDict()
         self._cluster = (0, _StoredCluster())
         self._is_cluster_old = True
@@ -654,6 +655,8 @@ class NatsStore:
         deed.has_read = True
         await self._write_entry(deed, known, row)
         if isinstance(outcome, Claimed):
+            if known.parts is not None:
+                await self._sweep(deed, row.fencing_token, known.parts)
             return Claimed(row.entry(identity, deed.batch.now_ms))
         return outcome
 
@@ -735,7 +738,8 @@ class NatsStore:
         """Write the parts of a snapshot, under a name that is used once."""
         size = min(PART_BYTES_MAX, self._connection.max_payload // 2)
         starts = range(0, len(snapshot), size)
-        parts = _Parts(secrets.token_hex(12), len(starts), len(snapshot))
+        name = f"{deed.fencing_token}-{secrets.token_hex(12)}"
+        parts = _Parts(name, len(starts), len(snapshot))
         deed.upload = parts
         keys = _part_keys(deed.identity, parts)
 
@@ -775,6 +779,21 @@ class NatsStore:
         self._known.keep(deed.identity, whole)
         return whole
 
+    async def _sweep(self, deed: "_Deed", fencing_token: int, used: _Parts) -> None:
+        """Remove what a crash has left of snapshots that never got into the entry.
+
+        Under an older token none will: its save is conditional on what the claim
+        has replaced.
+        """
+        bucket, identity = deed.bucket, deed.identity
+        with suppress(BucketError, ValueError):
+            left = await bucket.keys(f"p.{token_of(identity)}.>", until=deed.until)
+            names = {key.split(".")[2] for key in left} - {used.name}
+            for name in sorted(names):
+                if int(name.partition("-")[0]) < fencing_token:
+                    parts = _Parts(name, 0, 0)
+                    await self._discard(bucket, identity, parts, deed.until)
+
     async def _discard(
         self, bucket: Bucket, identity: Identity, parts: _Parts, until: float
     ) -> None:
@@ -792,7 +811,7 @@ class NatsStore:
         async def work(bucket: Bucket, until: float) -> bool:
             # Listed first: who reads the list must not miss a session that is open.
             await self._list(bucket, until, opened=session)
-            found = self._sessions.get(session)
+            found = self._session_at_hand(session)
             if found is None:
                 with suppress(WrongRevision):
                     await self._write_session(bucket, record, 0, until)
@@ -812,7 +831,7 @@ class NatsStore:
         _check(count)
 
         async def work(bucket: Bucket, until: float) -> SessionView | None:
-            found = self._sessions.get(session)
+            found = self._session_at_hand(session)
             if found is None:
                 found = await self._read_session(bucket, session, until)
             if found is None or found[1].closed:
@@ -841,7 +860,7 @@ class NatsStore:
         """Close it if its count is still `count`; true if it is closed then."""
 
         async def work(bucket: Bucket, until: float) -> bool:
-            found = self._sessions.get(session)
+            found = self._session_at_hand(session)
             if found is None or found[1].count != count:
                 found = await self._read_session(bucket, session, until)
             if found is None:
@@ -944,15 +963,24 @@ class NatsStore:
             return found[1]
         return closed
 
+    def _session_at_hand(self, session: SessionId) -> tuple[int, SessionRecord] | None:
+        """What to write over: the last known, unless a write has shown it to be old."""
+        return None if session in self._doubted else self._sessions.get(session)
+
     async def _read_session(
         self, bucket: Bucket, session: SessionId, until: float
     ) -> tuple[int, SessionRecord] | None:
-        """The newest that this connection knows of it, after another reading."""
+        """The newest that this connection knows of it, after another reading.
+
+        What is known is never lost to an older reading: whoever has been seen open
+        would look closed without it.
+        """
         closed = self._closed.get(session)
         if closed is not None:
             return 0, closed  # for good, and written no more
         key = _session_key(session)
         found = await bucket.read(key, until=until)
+        self._doubted.discard(session)
         known = self._sessions.get(session)
         if found is None or (known is not None and found[0] < known[0]):
             return known
@@ -974,16 +1002,14 @@ class NatsStore:
         self, bucket: Bucket, record: SessionRecord, expected: int, until: float
     ) -> None:
         session = record.session
-        try:
-            revision = await bucket.write(
-                _session_key(session),
-                _session_data(record),
-                expected=expected,
-                until=until,
-            )
-        except (WrongRevision, NoAnswer, asyncio.CancelledError):
-            self._sessions.pop(session, None)
-            raise
+        self._doubted.add(session)
+        revision = await bucket.write(
+            _session_key(session),
+            _session_data(record),
+            expected=expected,
+            until=until,
+        )
+        self._doubted.discard(session)
         self._keep_session(revision, record)
 
     def _keep_session(self, revision: int, record: SessionRecord) -> None:
@@ -1138,6 +1164,12 @@ class _Deed:
         self.identity: Identity = self.request.identity
         self.has_read = False
         self.upload: _Parts | None = None
+
+    @property
+    def fencing_token(self) -> int:
+        """That under which it saves."""
+        token: int = self.request.fencing_token
+        return token
 
     @property
     def key(self) -> str:
