@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import msgspec
 
@@ -20,7 +21,9 @@ from actors.nats_connection import (
     NatsUrl,
     parse_nats_url,
 )
-from actors.store_url import BadStore, open_store
+from actors.store_nats import OPTIONS as OF_STORE
+from actors.store_nats import NatsPlace
+from actors.store_url import BadStore, check_store, open_store
 from actors.transport_nats import NatsTransport, token_of
 from messages.frames import VERSION
 from messages.pack import pack
@@ -32,8 +35,6 @@ if TYPE_CHECKING:
     from nats.js.kv import KeyValue
 
 BUCKET = "placement_clusters"
-#: Options of a NATS URL that are the store's.
-_OF_STORE = ("replicas", "bucket")
 _AGREE_S, _ANSWER_S, _PAUSE_S = 20.0, 2.0, 0.1
 _REPLICAS_IN_A_CLUSTER = 3
 _NO_REPLICAS_HERE = (10074, 10005)
@@ -98,12 +99,23 @@ class NatsEngine(ThreadEngine):
         adopts: bool = False,
         name: str = "placement",
     ) -> None:
-        parsed = parse_nats_url(url, more=_OF_STORE)
+        parsed = parse_nats_url(url, more=OF_STORE)
+        if "cluster" in parsed.options:
+            raise BadEngine(
+                "an engine's URL names no cluster: the setting `cluster` does"
+            )
         if isinstance(store, str) and store.startswith("memory:"):
             raise BadStore(
                 "store memory:// is of one process; nodes over NATS share one: "
                 "leave it out, or name another"
             )
+        # The URL whole: it may hold what the store needs to be let in.
+        place = _store_url(url, settings.cluster) if store is None else store
+        # Before anything is written.
+        if store is None:
+            NatsPlace.parse(str(place))
+        elif isinstance(store, str):
+            check_store(store)
         self.connection = connection = NatsConnection.open(
             parsed, name=f"{name} {settings.cluster}", pack=pack
         )
@@ -113,8 +125,7 @@ class NatsEngine(ThreadEngine):
             self.settings = settings = replace(
                 settings, partitions=there.partitions, ttl=there.ttl_ms / 1_000
             )
-            # The URL whole: it may hold what the store needs to be let in.
-            opened = open_store(store or url) if not isinstance(store, Store) else store
+            opened = open_store(place) if isinstance(place, str) else place
             super().__init__(
                 opened,
                 partial(NatsTransport, connection, settings.cluster),
@@ -138,6 +149,12 @@ class NatsEngine(ThreadEngine):
                 self.connection.flush(timeout_s=min(1.0, left_s()))
         super().close(timeout_s=left_s())
         self.connection.close(timeout_s=max(0.5, min(3.0, left_s())))
+
+
+def _store_url(url: str, cluster: str) -> str:
+    """The store of `cluster` at the engine's own servers."""
+    joint = "&" if "?" in url else "?"
+    return f"{url}{joint}cluster={quote(cluster, safe='')}"
 
 
 def agree(

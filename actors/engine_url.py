@@ -7,7 +7,7 @@ from actors.engine import Settings
 if TYPE_CHECKING:
     from actors.engine_nats import NatsEngine
 
-__all__ = ["BadEngine", "open_engine"]
+__all__ = ["BadEngine", "check_engine", "engine_text", "open_engine"]
 
 
 class BadEngine(ValueError):
@@ -44,3 +44,16 @@ def check_engine(url: str) -> None:
         raise BadEngine("an engine is a URL such as nats://127.0.0.1:4222")
     if scheme.lower() != "nats":
         raise BadEngine(f"unknown engine {scheme!r}; known is nats://")
+
+
+def engine_text(url: str) -> str:
+    """The engine that `url` names, without what is secret.
+
+    Raises:
+        BadEngine: it is none.
+    """
+    check_engine(url)
+    from actors.nats_connection import parse_nats_url  # noqa: PLC0415  few use it
+    from actors.store_nats import OPTIONS  # noqa: PLC0415
+
+    return str(parse_nats_url(url, more=OPTIONS))

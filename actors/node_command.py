@@ -15,9 +15,10 @@ import click
 
 from actors.client_command import check_place, wrong
 from actors.engine import Settings
+from actors.engine_url import engine_text
 from actors.kind import BadKind, Kind, load_kind
 from actors.log import log, to_stderr
-from actors.nats_connection import NatsFailure, parse_nats_url
+from actors.nats_connection import NatsFailure
 from actors.node import PlacementNode
 from actors.tally import DurableTally
 from actors.witness import ActivationWitness
@@ -176,7 +177,7 @@ def node_command(
             ready = {
                 "ready": name,
                 "session": node.session,
-                "engine": str(parse_nats_url(engine, more=("replicas", "bucket"))),
+                "engine": engine_text(engine),
                 "pid": os.getpid(),
             }
             _say_ready(ready, ready_file, as_json=as_json)

@@ -189,7 +189,7 @@ class RecordStore(ABC):
     def open_session(self, record: SessionRecord, /) -> bool:
         """Create `record`; false where that session has another record already."""
         with self._sessions_call():
-            _check_numbers(record.count, record.ttl_ms)
+            check_numbers(record.count, record.ttl_ms)
             stored = self._session(record.session)
             if stored is None:
                 self._keep_session(record)
@@ -199,7 +199,7 @@ class RecordStore(ABC):
     def renew_session(self, session: SessionId, count: int, /) -> SessionView | None:
         """Raise the count to `count` and read all; none where it is not open."""
         with self._sessions_call():
-            _check_numbers(count)
+            check_numbers(count)
             stored = self._session(session)
             if stored is None or stored.closed:
                 return None
@@ -247,7 +247,7 @@ class RecordStore(ABC):
         if held is None or not self._is_open_once_settled(held.session):
             if self._is_closed(wanted.session):
                 return LockRefused(f"session {wanted.session} is closed")
-            _check_numbers(wanted.procedure)
+            check_numbers(wanted.procedure)
             row.lock = wanted
             self._keep_row(identity, row)
         elif held != wanted:
@@ -274,7 +274,7 @@ class RecordStore(ABC):
             refused = self._why_refused(row, request)
             if refused is not None:
                 return ClaimRefused(row.entry(identity, now_ms), refused)
-            _check_numbers(request.attempt)
+            check_numbers(request.attempt)
             row.owner, row.attempt = request.session, request.attempt
             row.fencing_token = row.revision = self._next_revision()
             row.lock = None
@@ -322,7 +322,7 @@ class RecordStore(ABC):
         return GivenUp()
 
     def _write_snapshot(self, row: Row, snapshot: bytes, version: int) -> None:
-        _check_numbers(version)
+        check_numbers(version)
         if len(snapshot) > self.snapshot_bytes_max:
             raise Unstorable(
                 f"snapshot has {len(snapshot)} bytes, at most {self.snapshot_bytes_max}"
@@ -386,7 +386,8 @@ class RecordStore(ABC):
             raise StoreFailure(str(error), may_have_happened=False) from error
 
 
-def _check_numbers(*numbers: int) -> None:
+def check_numbers(*numbers: int) -> None:
+    """Refuse numbers that do not fit into 64 bits."""
     for number in numbers:
         if not _INT_MIN <= number <= _INT_MAX:
             raise Unstorable(f"{number} does not fit into 64 bits")

@@ -3,20 +3,27 @@
     memory://                     of this process, gone with it
     sqlite:///relative.db         a SQLite file, from the working directory
     sqlite:////absolute.db        a SQLite file
+    nats://host:4222,host2:4222   a JetStream key-value bucket
 
 A path may be percent-encoded. Options of `sqlite:///` follow a `?`:
 `synchronous` (OFF, NORMAL, FULL, EXTRA; FULL), `busy_timeout_ms` (2000) and
-`max_pages` (of 4 KiB, 0 for no bound; 0).
+`max_pages` (of 4 KiB, 0 for no bound; 0). Options of `nats://` are `cluster`
+(default), `replicas` (3 in a cluster of servers, else 1), `timeout_ms` (2000) and
+those of `actors.nats_connection`.
 """
 
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from actors.store_memory import BadStore, MemoryStore, wall_ms
 from actors.store_sqlite import SYNCHRONOUS, SqliteFile, SqliteStore
 from placement.contracts import Store
+
+if TYPE_CHECKING:
+    from actors.store_nats import NatsPlace
 
 __all__ = ["BadStore", "check_store", "open_store"]
 
@@ -31,26 +38,28 @@ def check_store(url: str) -> None:
     Raises:
         BadStore: no store can be opened under it, and why.
     """
-    file = _parse(url)
-    if file is not None:
-        file.look()
+    place = _parse(url)
+    if place is not None:
+        place.look()
 
 
 def open_store(url: str, *, now_ms: Callable[[], int] = wall_ms) -> Store:
     """Open the store that `url` names; `now_ms` is the clock of its entries.
 
     Raises:
-        BadStore: `url`, or the file that it names, cannot be a store.
+        BadStore: `url`, or what it names, cannot be a store.
         StoreFailure: it is one, and cannot be opened now.
     """
-    file = _parse(url)
-    if file is None:
+    place = _parse(url)
+    if place is None:
         return MemoryStore(now_ms=now_ms)
-    return SqliteStore(url, file, now_ms=now_ms)
+    if isinstance(place, SqliteFile):
+        return SqliteStore(url, place, now_ms=now_ms)
+    return place.open(now_ms=now_ms)
 
 
-def _parse(url: str) -> SqliteFile | None:
-    """Which file `url` names; none for the memory."""
+def _parse(url: str) -> "SqliteFile | NatsPlace | None":
+    """Which file or bucket `url` names; none for the memory."""
     # By hand: urlsplit drops a `#`, which a file name may contain.
     scheme, separator, rest = url.partition("://")
     if not separator:
@@ -63,8 +72,14 @@ def _parse(url: str) -> SqliteFile | None:
             return None
         case "sqlite":
             return _parse_sqlite(url, place, query if question_mark else None)
+        case "nats":
+            # Here: with it comes asyncio, which other programs need not read.
+            from actors.store_nats import NatsPlace  # noqa: PLC0415
+
+            return NatsPlace.parse(url)
     raise BadStore(
-        f"store {url!r}: unknown scheme {scheme!r}; known are memory:// and sqlite:///"
+        f"store {url!r}: unknown scheme {scheme!r}; "
+        "known are memory://, sqlite:/// and nats://"
     )
 
 

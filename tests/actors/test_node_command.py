@@ -41,14 +41,22 @@ def server() -> Iterator[NatsServer]:
 class Place:
     """A cluster's place: a server, a store, a witness file, and its processes."""
 
-    def __init__(self, server: NatsServer, folder: Path, cluster: str) -> None:
+    def __init__(
+        self,
+        server: NatsServer,
+        folder: Path,
+        cluster: str,
+        *,
+        store: str | None = None,
+    ) -> None:
         self.server = server
         self.folder = folder
-        self.store = f"sqlite:///{folder}/shared.db"
+        self.store = store
         self.witness = folder / "witness"
         self.cluster = cluster
-        self.where = ["--engine", server.url, "--store", self.store]
-        self.where += ["--cluster", cluster]
+        self.where = ["--engine", server.url, "--cluster", cluster]
+        if store is not None:
+            self.where += ["--store", store]
 
     def node(self, name: str, *more: str, kinds: tuple[str, ...] = ()) -> Process:
         args = ["node", name, *self.where, "--ttl", "1", "--json"]
@@ -76,6 +84,27 @@ class Place:
 
     def double_count(self) -> int:
         return FileWitness(self.witness).double_count
+
+
+def store_in(folder: Path, kind: str) -> str | None:
+    """The store of that kind; none: the engine's own."""
+    return None if kind == "nats" else f"sqlite:///{folder}/shared.db"
+
+
+@pytest.fixture(params=["nats", "sqlite"])
+def store_kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def place_of_both(
+    server: NatsServer,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    store_kind: str,
+) -> Place:
+    name = f"{store_kind}-{request.node.originalname}"[:60]
+    return Place(server, tmp_path, name, store=store_in(tmp_path, store_kind))
 
 
 @pytest.fixture
@@ -115,13 +144,17 @@ def test_a_node_says_that_it_is_ready_serves_and_leaves_on_sigterm(
         assert json.loads(ready_file.read_text()) == found
 
         asked = placement("ask", "echo/1", '{"n": 1}', *place.where, "--json")
-        assert json.loads(asked.stdout) == {
+        answer = json.loads(asked.stdout)
+        token = answer["fencing_token"]
+        assert answer == {
             "answer": {"n": 1},
             "owner": found["session"],
-            "fencing_token": 1,
+            "fencing_token": token,
         }
-        resolved = placement("resolve", "echo/1", *place.where, "--json")
-        assert json.loads(resolved.stdout)["pid"] == f"echo/1@{found['session']}/1"
+        resolved = json.loads(
+            placement("resolve", "echo/1", *place.where, "--json").stdout
+        )
+        assert resolved["pid"] == f"echo/1@{found['session']}/{token}"
         told = placement("tell", "echo/1", "2", *place.where)
         assert told.returncode == 0
         status = json.loads(placement("status", *place.where, "--json").stdout)
@@ -205,6 +238,9 @@ def assert_is_one_sentence(done: Any, message: str) -> None:
         (["--engine", "nats://h", "--store", "memory://"], "is of one process"),
         (["--engine", "nats://h", "--store", "what://"], "unknown scheme"),
         (["--engine", "nats://h", "--ttl", "0"], "ttl must be"),
+        (["--engine", "nats://h", "--cluster", "a b"], "cluster must be"),
+        (["--engine", "nats://h?cluster=a"], "names no cluster"),
+        (["--engine", "nats://h?replicas=x"], "replicas"),
         (["--engine", "nats://h", "--kind", "a=nowhere:A"], "cannot be imported"),
         (["--engine", "nats://h", "--kind", "a b"], "--kind 'a b'"),
         (["--engine", "nats://h", "--witness", "/nowhere/w"], "/nowhere/w"),
@@ -267,7 +303,10 @@ def test_a_missing_extra_is_one_sentence(tmp_path: Path) -> None:
 # --- many nodes ---
 
 
-def test_three_processes_serve_and_the_witness_saw_no_double(place: Place) -> None:
+def test_three_processes_serve_and_the_witness_saw_no_double(
+    place_of_both: Place,
+) -> None:
+    place = place_of_both
     with place.nodes(3):
         requests = requests_in(place.folder / "requests", 100, 10)
         report = place.folder / "report"
@@ -294,8 +333,9 @@ def test_three_processes_serve_and_the_witness_saw_no_double(place: Place) -> No
 
 
 def test_r2_5_a_process_killed_under_load_and_started_again_loses_no_count(
-    place: Place,
+    place_of_both: Place,
 ) -> None:
+    place = place_of_both
     requests = requests_in(place.folder / "requests", 300, 40)
     report = place.folder / "report"
     with place.nodes(3) as nodes:
@@ -319,7 +359,10 @@ def test_r2_5_a_process_killed_under_load_and_started_again_loses_no_count(
     assert found["activations"] > 300
 
 
-def test_a_node_drains_on_sigterm_without_a_failed_request(place: Place) -> None:
+def test_a_node_drains_on_sigterm_without_a_failed_request(
+    place_of_both: Place,
+) -> None:
+    place = place_of_both
     with place.nodes(3) as nodes, place.entry() as entry:
         await_fact(lambda: len(entry.topology.members) == 3)
         failures: list[PlacementError] = []
@@ -356,11 +399,12 @@ def test_a_node_drains_on_sigterm_without_a_failed_request(place: Place) -> None
 
 
 def test_a_server_killed_and_started_again_on_its_data_is_survived(
-    tmp_path: Path,
+    tmp_path: Path, store_kind: str
 ) -> None:
     requests = requests_in(tmp_path / "requests", 200, 40)
     with nats_server() as mortal:
-        place = Place(mortal, tmp_path, "default")
+        store = store_in(tmp_path, store_kind)
+        place = Place(mortal, tmp_path, "default", store=store)
         with place.nodes(3):
             run = Process(
                 tmp_path,
@@ -380,8 +424,9 @@ def test_a_server_killed_and_started_again_on_its_data_is_survived(
 
 
 def test_r2_5_all_processes_killed_and_started_again_serve_what_was_stored(
-    place: Place,
+    place_of_both: Place,
 ) -> None:
+    place = place_of_both
     requests = requests_in(place.folder / "requests", 50, 4)
     report = place.folder / "report"
     with place.nodes(2) as nodes:
@@ -401,9 +446,12 @@ def test_r2_5_all_processes_killed_and_started_again_serve_what_was_stored(
 
 def test_processes_that_share_no_truth_are_seen_as_doubles(place: Place) -> None:
     """The judge sees what is wrong: two stores, and so two owners of all."""
-    other = Place(place.server, place.folder, place.cluster + "-2")
-    other.store = f"sqlite:///{place.folder}/other.db"
-    other.where[3] = other.store
+    other = Place(
+        place.server,
+        place.folder,
+        place.cluster,
+        store=f"sqlite:///{place.folder}/other.db",
+    )
     one, two = place.node("one"), other.node("two")
     with ended(one, two), ExitStack() as stack:
         one.start()
@@ -452,7 +500,7 @@ def test_up_starts_a_server_and_nodes_and_ctrl_c_stops_all(tmp_path: Path) -> No
         tmp_path,
         "up",
         *("up", "--nodes", "3", "--port", "0", "--json", "--data", str(data)),
-        *("--store", f"sqlite:///{tmp_path}/s.db", "--witness", witness),
+        *("--witness", witness),
     )
     with ended(up):
         up.start()
@@ -461,8 +509,7 @@ def test_up_starts_a_server_and_nodes_and_ctrl_c_stops_all(tmp_path: Path) -> No
         done = placement(
             "run",
             str(requests_in(tmp_path / "requests", 30, 3)),
-            *("--engine", found["ready"], "--store", f"sqlite:///{tmp_path}/s.db"),
-            *("--witness", witness, "--json"),
+            *("--engine", found["ready"], "--witness", witness, "--json"),
         )
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["answered"] == 90
