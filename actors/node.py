@@ -378,6 +378,7 @@ class PlacementNode(Verbs):
             dispatcher=self._engine.system,
             handle=self._frame,
             publish=self._publish,
+            epoch=lambda: self.epoch,
         )
         self._outbox = self.outbox_type(
             own=self.address,

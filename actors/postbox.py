@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from actors.clients import Clients
 from actors.dispatch import Dispatcher
 from actors.future import Future
 from actors.log import log
@@ -47,6 +48,7 @@ class Postbox:
         dispatcher: Dispatcher,
         handle: Callable[[Address, Frame], None],
         publish: Callable[[Happened], None],
+        epoch: Callable[[], int] = lambda: 0,
     ) -> None:
         self._codec = Codec(cluster, frame_bytes_max=transport.frame_bytes_max)
         self._address = address
@@ -60,7 +62,8 @@ class Postbox:
         self._last_sent = 0
         self._last_seen: dict[str, int] = {}
         self._departed: dict[str, None] = {}
-        self._clients: dict[str, None] = {}
+        self._last_clients: dict[str, None] = {}
+        self._clients = Clients(epoch)
         self._is_open = False
 
     def open(self, *, is_member: bool = True) -> None:
@@ -106,6 +109,7 @@ class Postbox:
         if to == self._address:
             self._dispatcher.post(self._handle_own, body)
             return True
+        self._clients.answered(to, body)
         with self._lock:
             number = self._last_sent = self._last_sent + 1
             try:
@@ -187,18 +191,31 @@ class Postbox:
             return
         self._last_seen[sender] = envelope.number
         self._departed.pop(sender, None)
+        body = envelope.body
         if origin is not None and not origin.is_node:
-            self._note_client(sender)
-        self._handle(Address(sender), envelope.body)
+            body = self._of_client(Address(sender), body, len(data))
+            if body is None:
+                return
+        self._handle(Address(sender), body)
 
-    def _note_client(self, sender: str) -> None:
-        """Remember the last clients only: of theirs no session tells that they end."""
-        self._clients.pop(sender, None)
-        self._clients[sender] = None
-        if len(self._clients) > CLIENTS_MAX:
-            first = next(iter(self._clients))
-            del self._clients[first]
+    def _of_client(self, sender: Address, body: Frame, size: int) -> Frame | None:
+        """What to handle of what a client says; none where it is refused."""
+        # The last ones only: no session tells when a client ends.
+        self._last_clients.pop(sender, None)
+        self._last_clients[sender] = None
+        if len(self._last_clients) > CLIENTS_MAX:
+            first = next(iter(self._last_clients))
+            del self._last_clients[first]
             self._last_seen.pop(first, None)
+        now_ns = self._dispatcher.now_ns()
+        refusal = self._clients.refuse(sender, body, size=size, now_ns=now_ns)
+        if refusal is None:
+            return self._clients.tame(body, now_ns)
+        self.send(sender, refusal)
+        self._publish(
+            Happened(kind="placement", name="ClientRefused", reason=f"from {sender}")
+        )
+        return None
 
 
 def _check(origin: Origin, envelope: Envelope) -> None:

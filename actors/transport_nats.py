@@ -11,6 +11,7 @@ Members listen to both; a client listens to what nodes say to it.
 
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +22,14 @@ from actors.transport import Origin, Receive
 from messages.codec import FRAME_BYTES_MAX, BadFrame
 from messages.pack import unpack
 from placement.event import Happened
-from placement.topology import Address
+from placement.topology import Address, node_of
 
 __all__ = ["NatsTransport", "subject_of", "token_of"]
 
 #: What waits for the dispatcher, in bytes of frames; more is dropped and counted.
 INBOUND_BYTES_MAX = 64 << 20
+#: And of one client, in frames: no flood of its own keeps a node from renewing.
+CLIENT_FRAMES_MAX = 8_192
 _REMEMBERED_MAX = 10_000
 _PLAIN = re.compile(rb"[^A-Za-z0-9_-]")
 _ESCAPED = re.compile(rb"=([0-9A-F]{2})")
@@ -105,6 +108,7 @@ class NatsTransport:
         self._origins: dict[str, Origin] = {}
         self._lock = threading.Lock()
         self._inbound_bytes = 0
+        self._of_clients: Counter[str] = Counter()
         connection.listen(self._noticed)
 
     @property
@@ -178,24 +182,30 @@ class NatsTransport:
     def _arrived(self, attached: _Attached, subject: str, data: bytes) -> None:
         if attached.is_silent:
             return
-        size = len(data)
-        with self._lock:
-            is_full = self._inbound_bytes + size > self._inbound_bytes_max
-            if not is_full:
-                self._inbound_bytes += size
-        if is_full:
-            reason = f"{self._inbound_bytes_max} bytes of frames wait already"
-            self._refuse(attached, "FramesDropped", reason)
-            return
         try:
             origin = self._origins.get(subject) or self._origin(subject)
             frames = unpack(data)
         except BadFrame as error:
-            with self._lock:
-                self._inbound_bytes -= size
             self._refuse(attached, "FrameRefused", str(error))
             return
-        self._dispatcher.post(self._hand_over, attached, frames, origin, size)
+        why = self._take_in(origin, len(data), len(frames))
+        if why:
+            self._refuse(attached, "FramesDropped", why)
+            return
+        self._dispatcher.post(self._hand_over, attached, frames, origin, len(data))
+
+    def _take_in(self, origin: Origin, size: int, count: int) -> str:
+        """Count what waits; or say why that is too much."""
+        client = "" if origin.is_node else node_of(origin.address)
+        with self._lock:
+            if self._inbound_bytes + size > self._inbound_bytes_max:
+                return f"{self._inbound_bytes_max} bytes of frames wait already"
+            if client:
+                if self._of_clients[client] + count > CLIENT_FRAMES_MAX:
+                    return f"{CLIENT_FRAMES_MAX} frames of {client} wait already"
+                self._of_clients[client] += count
+            self._inbound_bytes += size
+        return ""
 
     def _refuse(self, attached: _Attached, name: str, reason: str) -> None:
         attached.publish(Happened(kind="placement", name=name, reason=reason))
@@ -207,11 +217,16 @@ class NatsTransport:
         for frame in frames:
             attached.receive(frame, origin)
         # Behind them: only then do they wait no more.
-        self._dispatcher.post(self._handed_over, size)
+        self._dispatcher.post(self._handed_over, origin, size, len(frames))
 
-    def _handed_over(self, size: int) -> None:
+    def _handed_over(self, origin: Origin, size: int, count: int) -> None:
         with self._lock:
             self._inbound_bytes -= size
+            if not origin.is_node:
+                client = node_of(origin.address)
+                self._of_clients[client] -= count
+                if not self._of_clients[client]:
+                    del self._of_clients[client]
 
     def _origin(self, subject: str) -> Origin:
         tokens = subject.split(".")

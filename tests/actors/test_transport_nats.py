@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import actors.transport_nats as transport_module
 from actors.clock import SystemClock
 from actors.dispatch import ThreadDispatcher
 from actors.nats_connection import NatsConnection, NatsRefused, parse_nats_url
@@ -270,6 +271,30 @@ def test_what_does_not_wait_here_any_more_is_dropped_and_said(
         await_fact(lambda: here.got[-1] == (B, HINT))
 
 
+def test_one_client_makes_no_node_stop_listening_to_others(
+    server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport_module, "CLIENT_FRAMES_MAX", 10)
+    with processes(3, server.url) as (here, there, other):
+        here.box(A)
+        loud, node = there.box(C, is_member=False), other.box(B)
+        quiet = there.box(Address("quiet.4"), is_member=False)
+        hold = threading.Event()
+        here.dispatcher.post(hold.wait, 10)
+        for number in range(30):
+            assert loud.send(A, Mark("k/x", 1, number))
+            there.connection.flush()
+        await_fact(lambda: here.names().count("FramesDropped") == 20)
+        assert quiet.send(A, Mark("k/x", 1, 99))
+        assert node.send(A, HINT)
+        there.connection.flush()
+        other.connection.flush()
+        hold.set()
+        await_fact(lambda: len(here.got) == 12)
+        assert "frames of client wait already" in here.happened[0].reason
+        assert here.transport._of_clients == {}
+
+
 def test_what_cannot_be_sent_now_surely_reaches_nobody() -> None:
     with nats_server() as mortal, processes(2, mortal.url) as (here, there):
         box, _ = here.box(A), there.box(B)
@@ -305,7 +330,7 @@ def test_the_numbers_of_the_last_clients_only_are_remembered(
                 codec.encode(client, A, 5, Mark("k/x", 1, 1)),
                 Origin(client, is_node=False),
             )
-        assert len(box._last_seen) == len(box._clients) == CLIENTS_MAX
+        assert len(box._last_seen) == len(box._last_clients) == CLIENTS_MAX
         assert len(here.got) == CLIENTS_MAX + 10
 
 
