@@ -10,6 +10,8 @@ a password is a token. What is secret may also come from files. Options:
     tls_cert, tls_key  files: the client's own certificate
     tls_hostname       the name in the server's certificate, where it is another
     tls_first          true: TLS before the server has said anything
+    inbox              what the subjects begin with that answers come to (_INBOX):
+                       one of its own where others must not read them
 
 nats-py needs `pip install 'actor-placement[nats]'`, and is imported at the first
 connection.
@@ -71,9 +73,10 @@ _PAUSE_MIN_S, _PAUSE_MAX_S = 0.05, 1.0
 
 _HOST = re.compile(r"\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+")
 _PORT = re.compile(r"[0-9]{1,5}")
+_INBOX = re.compile(r"[A-Za-z0-9_-]{1,128}(\.[A-Za-z0-9_-]{1,128})*")
 _FILES = ("creds", "nkey", "tls_ca", "tls_cert", "tls_key")
 _FLAGS = ("tls", "tls_first")
-_TEXTS = ("token", "tls_hostname")
+_TEXTS = ("token", "tls_hostname", "inbox")
 _OPTIONS = (*_FILES, *_FLAGS, *_TEXTS)
 _SUBSCRIPTION = re.compile(
     r'permissions violation for subscription to "([^"]+)"', re.IGNORECASE
@@ -135,6 +138,7 @@ class NatsUrl:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_hostname: str | None = None
+    inbox: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -204,6 +208,8 @@ def parse_nats_url(url: str, *, more: Sequence[str] = ()) -> NatsUrl:
     fields["tls"] = any(fields.get(name) for name in fields if name.startswith("tls"))
     if given.get("tls") == "false" and fields["tls"]:
         raise BadNatsUrl(f"{known}: tls is false, and other tls options are given")
+    if not _INBOX.fullmatch(fields.get("inbox", "_INBOX")):
+        raise BadNatsUrl(f"{known}: inbox is no subject")
     if ("tls_key" in fields) > ("tls_cert" in fields):
         raise BadNatsUrl(f"{known}: tls_key is given without tls_cert")
     if at:
@@ -456,7 +462,7 @@ class NatsConnection:
         async def work(client: "Client") -> None:
             self._wanted[subject] = wanted
             await self._subscribe(client, wanted)
-            await client.flush(timeout=max(1, round(timeout_s)))
+            await _flush(client, timeout_s)
             if subject.lower() in self._refused:
                 del self._wanted[subject]
                 raise NatsRefused(
@@ -485,7 +491,7 @@ class NatsConnection:
         async def work(client: "Client") -> None:
             async with self._drain_lock:
                 pass  # what was handed over before has been published
-            await client.flush(timeout=max(1, round(timeout_s)))
+            await _flush(client, timeout_s)
 
         self.call(work, timeout_s=timeout_s)
 
@@ -835,6 +841,7 @@ def _credentials(url: NatsUrl) -> dict[str, Any]:
         "nkeys_seed": None if url.nkey is None else str(url.nkey),
         "tls": url.tls_context(),
         "tls_hostname": url.tls_hostname,
+        "inbox_prefix": url.inbox,
     }
     if url.tls_first:
         found["tls_handshake_first"] = True
@@ -850,6 +857,14 @@ async def _end_client(client: "Client", *, timeout_s: float = 1.0) -> None:
         writer = getattr(wire, name, None)
         if writer is not None:
             writer.transport.abort()
+
+
+async def _flush(client: "Client", timeout_s: float) -> None:
+    """Wait until the server has had all that was sent before."""
+    # nats-py writes its ping at once, before what waits for its flusher. When the
+    # first is back that has been written; the second surely comes after it.
+    for _ in range(2):
+        await client.flush(timeout=max(1, round(timeout_s)))
 
 
 async def _quietly(work: Coroutine[Any, Any, Any]) -> None:

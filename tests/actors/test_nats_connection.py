@@ -69,6 +69,7 @@ def await_fact(fact: Callable[[], object], *, within_s: float = 15.0) -> None:
         ("nats://host?colour=red", "unknown option 'colour'"),
         ("nats://host?tls=maybe", "tls must be true or false"),
         ("nats://host?creds=", "option creds has no value"),
+        ("nats://host?inbox=a.*", "inbox is no subject"),
         ("nats://host?nkey=a&nkey=b", "option nkey is given twice"),
         (f"nats://{SECRET}@host?token=b", "the token is given twice"),
         (f"nats://u:{SECRET}@host?creds=a", "user and creds are given"),
