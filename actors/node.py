@@ -233,6 +233,18 @@ class _NodeSender:
             raise BlockingInGrain
 
 
+class _LivingWitness:
+    """Sees what a node's activations handle, while the node lives."""
+
+    def __init__(self, node: "PlacementNode") -> None:
+        self._node = node
+        self._witness = node._witness  # noqa: SLF001
+
+    def handled(self, pid: Pid) -> None:
+        if self._witness is not None and not self._node.is_dead:
+            self._witness.handled(pid)
+
+
 class _NodeHost:
     """What a node offers its activations."""
 
@@ -248,8 +260,8 @@ class _NodeHost:
         self.ask_timeout = node._outbox.ask_timeout  # noqa: SLF001
         self.kind_of = node._kind_of  # noqa: SLF001
         self.class_of = node._class_of  # noqa: SLF001
-        self._registry = node._registry  # noqa: SLF001
         self._witness = node._witness  # noqa: SLF001
+        self.witness = None if self._witness is None else _LivingWitness(node)
 
     def _tell(self, message: Any) -> None:
         self._node._tell_placement(message)  # noqa: SLF001
@@ -281,20 +293,6 @@ class _NodeHost:
     def seal(self, activation: Activation) -> None:
         with self._node._outbox.lock:  # noqa: SLF001
             activation.bounce_all()
-
-    def handled(self, pid: Pid) -> None:
-        if self._witness is not None and not self._node.is_dead:
-            self._witness.handled(pid)
-
-    def touch(self, pid: Pid, now_ns: int) -> None:
-        found = self._registry.find(pid.identity)
-        if found is not None:
-            found.last_used_ns = now_ns
-
-    def use(self, pid: Pid, now_ns: int, *, is_over: bool) -> None:
-        found = self._registry.find(pid.identity)
-        if found is not None:
-            found.last_used_ns, found.is_in_use = now_ns, not is_over
 
 
 class PlacementNode(Verbs):

@@ -15,12 +15,10 @@ from actors.cluster import StoreInUse
 from actors.engine import EmbeddedEngine, Settings
 from actors.future import Future
 from actors.grain import ARGUMENTS, CALL
-from actors.outbox import _Asked
 from actors.store_memory import MemoryStore
 from actors.store_url import open_store
 from actors.witness import ActivationWitness
 from placement.contracts import SessionRecord, StoreFailure
-from placement.delivery import Outgoing
 from placement.errors import (
     TEXT_MAX,
     ActivationFailed,
@@ -861,9 +859,10 @@ def test_answers_arrive_while_the_topology_changes() -> None:
         assert table is not None
         mails = []
         for number in range(50_000):
-            message = Outgoing(-number, Identity("echo", "1"), 0, None)
-            outbox._asked[-number] = _Asked(Future(), message)
-            mails.append(Mail(None, "", (), 0, True, outbox, -number, message))
+            identity = Identity("echo", "1")
+            mail = Mail(None, "", (), 0, True, outbox, -number, identity, Future())
+            outbox._asked[-number] = mail
+            mails.append(mail)
         pid = node.resolve("echo/1").pid
 
         def answer() -> None:
