@@ -382,6 +382,7 @@ class PlacementNode(Verbs):
             publish=self._publish,
             ask_timeout=settings.ask_timeout,
         )
+        self._known, self._now_ns = self._outbox.known, clock.now_ns
         self._sender = _NodeSender(self._outbox, self._engine.future)
         self._host = _NodeHost(self)
         self._hosting = hosting = self.hosting_type(kinds=frozenset(self._kinds))
@@ -688,12 +689,19 @@ class PlacementNode(Verbs):
             ValueError: `timeout` is none.
             PlacementError: it cannot be, by the reason's own class.
         """
+        if timeout is None:
+            try:
+                known = self._known(identity, self._now_ns())
+            except TypeError:  # no text at all: what is below says so
+                known = None
+            if known is not None:
+                return known
         self._sender.may_block()
         timeout = timeout_of(timeout)
         limit = self.settings.ask_timeout if timeout is None else timeout
         future = self.seek(identity, timeout=timeout)
         pid = future.get(timeout=limit + 2)
-        return PlacementResolution(
+        resolution = PlacementResolution(
             identity=pid.identity,
             pid=pid,
             owner=pid.session,
@@ -702,6 +710,8 @@ class PlacementNode(Verbs):
             epoch=self.epoch,
             observed_at_ms=self._engine.clock.wall_ms(),
         )
+        self._outbox.keep(resolution)
+        return resolution
 
     def seek(self, identity: str, *, timeout: float | None = None) -> Future:
         """A future of the `Pid` of `identity`, which is started if it is nowhere.

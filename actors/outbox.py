@@ -46,6 +46,7 @@ from placement.errors import (
 from placement.event import Happened
 from placement.identity import Identity
 from placement.partition import PartitionTable
+from placement.pidcache import PlacementResolution
 from placement.registry import VirtualActorRegistry
 from placement.topology import Address, SessionId, address_of
 
@@ -82,6 +83,8 @@ class Outbox:
     ) -> None:
         self.lock = threading.RLock()
         self.ask_timeout = ask_timeout
+        #: What `keep` was given for an identity; for any thread, without the lock.
+        self.known = deliveries.cache.resolution
         self._own = own
         self._dispatcher = dispatcher
         self._now_ns = dispatcher.now_ns
@@ -233,6 +236,11 @@ class Outbox:
                 Outgoing(self._last_number, identity, deadline_ns, _Sought(future)),
                 now_ns,
             )
+
+    def keep(self, resolution: PlacementResolution) -> None:
+        """Have it found by `known` as long as the cache keeps its reference."""
+        with self.lock:
+            self._deliveries.cache.keep(resolution)
 
     def forget(self, pid: Pid) -> bool:
         """Drop the reference from the cache."""

@@ -173,6 +173,7 @@ class Deliveries:
         ]
         self._held.clear()
         self._by_request.clear()
+        self.cache.clear()
         return tuple(effects)
 
     def adopt(

@@ -1110,3 +1110,20 @@ def test_nothing_is_kept_of_nodes_that_are_gone(cluster: Cluster) -> None:
     assert len(cluster.events._streams) == 1 + 3
     assert len(node._guards) == 1
     eventually(lambda: len(node._postbox._departed) == 2)
+
+
+def test_a_resolution_is_known_until_its_reference_is_dropped() -> None:
+    node = PlacementNode("n", kinds=KINDS, **FAST)
+    with node:
+        node.start_member()
+        first = node.resolve("echo/1")
+        assert node.resolve("echo/1") is first
+        assert node.forget(first.pid)
+        again = node.resolve("echo/1")
+        assert again is not first
+        assert again.pid == first.pid
+        unhashable: Any = []
+        with pytest.raises(BadIdentity, match="an identity is a text, not list"):
+            node.resolve(unhashable)
+    with pytest.raises(NotReady):
+        node.resolve("echo/1")
