@@ -1127,3 +1127,15 @@ def test_a_resolution_is_known_until_its_reference_is_dropped() -> None:
             node.resolve(unhashable)
     with pytest.raises(NotReady):
         node.resolve("echo/1")
+
+
+def test_a_burst_of_asks_to_new_identities_is_answered_whole() -> None:
+    with Cluster.embedded(nodes=3, kinds=KINDS, ask_timeout=60.0) as cluster:
+        futures = [
+            cluster.ref(f"echo/{number}").ask(number, block=False)
+            for number in range(5_000)
+        ]
+        assert [each.get(timeout=60) for each in futures] == list(range(5_000))
+        assert sum(cluster.snapshot().activations.values()) == 5_000
+        for name in cluster.nodes:
+            assert cluster.node(name).events.counts["SessionLapsed"] == 0
