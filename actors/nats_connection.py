@@ -70,6 +70,7 @@ INBOUND_MESSAGES_MAX = 65_536
 INBOUND_BYTES_MAX = 64 << 20
 _CLIENT_BYTES_MAX = 2 << 20
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.05, 1.0
+_TRIES = 4
 
 _HOST = re.compile(r"\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+")
 _PORT = re.compile(r"[0-9]{1,5}")
@@ -580,7 +581,15 @@ class NatsConnection:
     # --- connecting ---
 
     async def _first(self) -> None:
-        await self._connect()
+        for left in reversed(range(_TRIES)):
+            try:
+                await self._connect()
+                break
+            except NatsUnreachable as error:
+                # A server that refuses may reset the connection before its reason
+                # has been read: ask for it again.
+                if not left or not isinstance(error.__cause__, ConnectionResetError):
+                    raise
         self._keeper = self._spawn(self._keep())
 
     async def _connect(self) -> None:
@@ -631,7 +640,7 @@ class NatsConnection:
             await _end_client(client)
             # The last of the client's own says why no server was left.
             cause = errors[-1] if errors else raised
-            raise self._failure(cause) from None
+            raise self._failure(cause) from cause
         is_up = True
         self.max_payload = client.max_payload
         self._refused.clear()
