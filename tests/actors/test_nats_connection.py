@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import actors.nats_connection as connection_module
 from actors.nats_connection import (
     BadNatsUrl,
     ConnectionEvent,
@@ -194,6 +195,22 @@ def test_a_frame_that_the_server_does_not_take_is_lost_alone() -> None:
                 assert connection.publish("size", data)
             await_fact(lambda: got == [b"a", b"b"])
             assert [event.name for event in events] == ["OutboundLost"]
+
+
+def test_a_message_that_its_reader_has_no_room_for_is_seen(
+    server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "INBOUND_MESSAGES_MAX", 1)
+    with connected(server.url) as connection:
+        events: list[ConnectionEvent] = []
+        got: list[bytes] = []
+        connection.listen(events.append)
+        connection.subscribe("slow", lambda _, data: got.append(data))
+        for _ in range(50):
+            assert connection.publish("slow", b"x")
+        await_fact(lambda: len(got) + connection.counts["SlowConsumer"] == 50)
+        assert {event.name for event in events} == {"SlowConsumer"}
+        assert connection.is_connected
 
 
 def test_it_heals_by_itself_and_repeats_nothing(server: NatsServer) -> None:
