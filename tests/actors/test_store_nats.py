@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from itertools import count
+from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
@@ -475,9 +476,11 @@ def test_r3_4_what_the_server_cannot_take_at_once_goes_in_smaller_parts() -> Non
         open_session(store, A)
         entry = owned(store)
 
-        saved(store, entry, 1, b"x" * MIB)
+        # Without more, 64 KiB are one message, which is too large for that server.
+        for version, size in enumerate((64 * KIB, MIB), start=1):
+            saved(store, entry, version, b"x" * size)
 
-        assert loaded(store).record.snapshot == b"x" * MIB
+            assert loaded(store).record.snapshot == b"x" * size
         assert len(keys(store.url, "p.")) == 32
 
 
@@ -879,6 +882,54 @@ def test_r3_5_a_session_that_seems_absent_is_not_closed_by_that(
         assert faulty.renew_session(A, 1) is not None
 
 
+@times
+def test_r3_5_no_old_reading_confirms_an_opening(
+    times: int, faulty: NatsStore, faults: Faults
+) -> None:
+    key = f"s.{token_of(B)}"
+    opened = stored(faulty, key)
+    assert faulty.close_session(B, 0)
+    with closing(faulty.another()) as fresh:
+        faults.stale[key] = deque([opened] * times)
+
+        assert not fresh.open_session(SessionRecord(session=B, ttl_ms=5_000))
+
+
+def test_r3_5_who_closes_a_session_takes_it_off_the_list(faulty: NatsStore) -> None:
+    assert listed(faulty) == [A, B]
+
+    assert faulty.close_session(B, 0)
+
+    assert listed(faulty) == [A]
+
+
+@times
+def test_r3_4_an_old_reading_whose_parts_are_gone_is_read_again(
+    times: int, past: Past, fresh: NatsStore
+) -> None:
+    saved(past.store, past.entry, 2, b"2" * MIB)
+    past.readings["big"] = past.now()
+    saved(past.store, past.entry, 3, b"3" * MIB)
+    past.comes_back("big", times)
+
+    assert loaded(fresh).record.snapshot == b"3" * MIB
+
+
+def test_what_a_leader_that_steps_down_refuses_may_have_happened(
+    faulty: NatsStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refusing(bucket: Bucket, *_: Any, **__: Any) -> Any:
+        error = {"code": 503, "err_code": 10008, "description": "unavailable"}
+        return SimpleNamespace(data=json.dumps({"error": error}).encode())
+
+    async def write(bucket: Bucket) -> None:
+        await Bucket.write(bucket, "e.k/a", b"", expected=0, until=0.0)
+
+    monkeypatch.setattr(Bucket, "_ask", refusing)
+    with pytest.raises(NoAnswer, match="unavailable"):
+        faulty._call(write)
+
+
 def test_r3_5_a_session_is_listed_before_its_record_exists(
     hasty: NatsStore, faults: Faults
 ) -> None:
@@ -1204,9 +1255,8 @@ def test_a_server_that_is_silent_holds_up_a_batch_once() -> None:
 
         assert took_s < 1.5
         assert {type(each) for each in outcomes} == {Failed}
-        assert [
-            each.may_have_happened for each in outcomes if isinstance(each, Failed)
-        ][:2] == [True, True]
+        sent = [each for each in outcomes[:2] if isinstance(each, Failed)]
+        assert [each.may_have_happened for each in sent] == [True, True]
         assert caught.value.may_have_happened
         paused.signal(signal.SIGCONT)
         # It heals, and what may have happened is found out.
@@ -1520,13 +1570,14 @@ def test_who_is_not_permitted_is_told_what_in_one_sentence(
 
 
 def test_who_may_not_write_is_told_so_at_once(guarded: NatsServer) -> None:
+    session = SessionId("node-x.1#1")
     with closing(nats_store(as_user(guarded, "node") + "mine")) as node:
-        open_session(node, SessionId("node-x.1#1"))
+        open_session(node, session)
     with closing(nats_store(as_user(guarded, "client") + "mine")) as client:
         begun_s = time.monotonic()
-        (outcome,) = client.try_acquire([Acquire(USER, acquisition())])
+        (outcome,) = client.try_acquire([Acquire(USER, acquisition(session))])
         with pytest.raises(StoreFailure, match="not permitted to publish to") as caught:
-            client.renew_session(SessionId("node-x.1#1"), 1)
+            client.renew_session(session, 1)
 
         assert isinstance(outcome, Failed)
         assert "it is not permitted to publish to $KV.placement_mine" in outcome.message
