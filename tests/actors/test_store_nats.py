@@ -1230,6 +1230,87 @@ def test_r3_4_what_was_confirmed_survives_the_death_of_the_leader() -> None:
             assert store.renew_session(A, 1) is not None
 
 
+class Appender:
+    """Claims a list, appends to it, gives it up; and again, until it is told to stop.
+
+    Owners come one after the other: what one has confirmed, the next one finds.
+    """
+
+    def __init__(self, store: Store, session: SessionId) -> None:
+        self.store, self.session = store, session
+        self.confirmed: list[tuple[int, str]] = []
+        self.errors: list[BaseException] = []
+        self.is_over = threading.Event()
+        open_session(store, session)
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self.is_over.is_set():
+                self._append()
+        except BaseException as error:  # noqa: BLE001  raised by whoever waits
+            self.errors.append(error)
+
+    def _append(self) -> None:
+        lock = acquisition(self.session)
+        got = self._sure(self.store.try_acquire, Acquire(CART, lock))
+        if not isinstance(got, Acquired):
+            return
+        claim = Claim(CART, self.session, next(_numbers), lock, got.entry.revision)
+        claimed = self._sure(self.store.claim, claim)
+        if not isinstance(claimed, Claimed):
+            self._sure(self.store.release, Release(CART, lock))
+            return
+        token, record = claimed.entry.fencing_token, claimed.entry.record
+        mark = f"{self.session}:{claim.attempt}"
+        text = f"{(record.snapshot or b'').decode()} {mark}".encode()
+        save = Save(CART, token, record.version + 1, text)
+        assert self._sure(self.store.save, save) == Saved(record.version + 1)
+        self.confirmed.append((token, mark))
+        assert self._sure(self.store.give_up, GiveUp(CART, token)) == GivenUp()
+
+    def _sure(self, method: Callable[[Any], Any], request: Any) -> Any:
+        return until_done(lambda: method([request]))[0]
+
+
+def test_r2_5_no_append_is_lost_while_leaders_die() -> None:
+    with nats_cluster() as servers:
+        url = new_url(urls_of(servers), replicas=3)
+        with closing(nats_store(url)) as store:
+            connections = [store.another() for _ in range(3)]
+            appenders = [
+                Appender(mine, SessionId(f"node-{number}.1#1"))
+                for number, mine in enumerate(connections)
+            ]
+            for _ in range(2):
+                have_appended(appenders, 20)
+                name = state_of_cluster(url)["leader"]
+                (leader,) = [each for each in servers if name == each.folder.name]
+                leader.kill()
+                have_appended(appenders, 20)
+                leader.start()
+            for appender in appenders:
+                appender.is_over.set()
+            for appender, mine in zip(appenders, connections, strict=True):
+                appender.thread.join()
+                mine.close()
+
+            assert [each.errors for each in appenders] == [[], [], []]
+            confirmed = sorted(each for one in appenders for each in one.confirmed)
+            found = (loaded(store).record.snapshot or b"").decode().split()
+            assert found == [mark for _, mark in confirmed]
+
+
+def have_appended(appenders: Sequence[Appender], more: int) -> None:
+    wanted = sum(len(each.confirmed) for each in appenders) + more
+    until_s = time.monotonic() + PATIENCE_S
+    while sum(len(each.confirmed) for each in appenders) < wanted:
+        assert not any(each.errors for each in appenders), appenders
+        assert time.monotonic() < until_s
+        time.sleep(0.005)
+
+
 def state_of_cluster(url: str) -> dict[str, Any]:
     servers, _, _ = url.partition("/?")
     found: dict[str, Any] = api(servers, "INFO", cluster_of(url))["cluster"]
