@@ -142,6 +142,11 @@ class Bucket:
         self._waiting: dict[str, tuple[asyncio.Future[Msg], str]] = {}
         self._loop = asyncio.get_running_loop()
 
+    @property
+    def max_payload(self) -> int:
+        """The largest message that the server takes."""
+        return self.client.max_payload
+
     async def listen(self) -> None:
         """Receive answers from now on."""
         await self.client.subscribe(

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from actors import store_nats
+from actors import nats_entries, nats_sessions, store_nats
 from actors.conformance import StoreConformance
 from actors.nats_bucket import Bucket, NoAnswer, NotNow, WrongRevision, token_of
 from actors.nats_connection import NatsConnection, parse_nats_url
@@ -487,7 +487,7 @@ def test_r3_4_what_the_server_cannot_take_at_once_goes_in_smaller_parts() -> Non
 def test_a_snapshot_that_is_too_large_fails_alone(
     store: NatsStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_nats._Rules, "snapshot_bytes_max", 100)
+    monkeypatch.setattr(nats_entries._Rules, "snapshot_bytes_max", 100)
     cart, user = owned(store, CART), owned(store, USER)
 
     outcomes = store.save(
@@ -965,7 +965,7 @@ def test_r3_5_a_closed_session_does_not_stay_listed(
 def listed(store: NatsStore) -> list[str]:
     found = stored(store, "cluster")
     assert found is not None
-    return list(store_nats._cluster_from(found[1]).opened)
+    return list(nats_sessions._cluster_from(found[1]).opened)
 
 
 def test_r3_4_parts_that_a_crash_has_left_go_with_the_next_claim(
