@@ -15,7 +15,7 @@ import asyncio
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -103,9 +103,10 @@ class _Done(msgspec.Struct):
     state: dict[str, Any] = {}
 
 
-_read_ack = msgspec.json.Decoder(_Ack).decode
-_read_got = msgspec.json.Decoder(_Got).decode
-_read_done = msgspec.json.Decoder(_Done).decode
+_read_ack = msgspec.json.Decoder(_Ack)
+_read_got = msgspec.json.Decoder(_Got)
+_read_done = msgspec.json.Decoder(_Done)
+_Answer = TypeVar("_Answer", _Ack, _Got, _Done)
 
 
 def token_of(text: str) -> str:
@@ -141,6 +142,11 @@ class Bucket:
         self._waiting: dict[str, tuple[asyncio.Future[Msg], str]] = {}
         self._loop = asyncio.get_running_loop()
 
+    @property
+    def max_payload(self) -> int:
+        """The largest message that the server takes."""
+        return self.client.max_payload
+
     async def listen(self) -> None:
         """Receive answers from now on."""
         await self.client.subscribe(
@@ -161,7 +167,7 @@ class Bucket:
         self.write_count += 1
         subject, headers = f"{self._prefix}{key}", {_EXPECTED: str(expected)}
         answer = await self._ask(subject, data, headers=headers, until=until)
-        ack = _read_ack(answer.data)
+        ack = self._read(_read_ack, answer.data)
         if ack.error is None:
             return ack.seq
         error = ack.error
@@ -182,9 +188,8 @@ class Bucket:
             BucketError: there is no answer, or it cannot be read.
         """
         self.read_count += 1
-        got = _read_got(
-            await self._api("MSG.GET", {"last_by_subj": self._prefix + key}, until)
-        )
+        wanted = {"last_by_subj": self._prefix + key}
+        got = self._read(_read_got, await self._api("MSG.GET", wanted, until))
         if got.message is not None:
             return got.message.seq, got.message.data
         if got.error is None or got.error.err_code == _NO_MESSAGE:
@@ -198,7 +203,7 @@ class Bucket:
             BucketError: there is no answer.
         """
         wanted = {"subjects_filter": self._prefix + key}
-        done = _read_done(await self._api("INFO", wanted, until))
+        done = self._read(_read_done, await self._api("INFO", wanted, until))
         if done.error is not None:
             raise self._refusal(done.error)
         subjects = done.state.get("subjects") or {}
@@ -211,7 +216,7 @@ class Bucket:
             BucketError: that is not confirmed.
         """
         wanted = {"filter": self._prefix + key}
-        done = _read_done(await self._api("PURGE", wanted, until))
+        done = self._read(_read_done, await self._api("PURGE", wanted, until))
         if done.error is not None:
             raise self._refusal(done.error)
 
@@ -224,7 +229,7 @@ class Bucket:
             BadStore: it is none of ours, or has settings that lose what we write.
             BucketError: there is no answer, or no permission.
         """
-        done = _read_done(await self._api("INFO", {}, until))
+        done = self._read(_read_done, await self._api("INFO", {}, until))
         if done.error is None:
             self._check(done.config, replicas)
             return True
@@ -242,7 +247,7 @@ class Bucket:
         if await self.look(replicas=replicas, until=until):
             return
         config = self._wanted(replicas or self._replicas_by_default())
-        done = _read_done(await self._api("CREATE", config, until))
+        done = self._read(_read_done, await self._api("CREATE", config, until))
         if done.error is None:
             return
         if done.error.err_code == _STREAM_EXISTS:
@@ -293,6 +298,12 @@ class Bucket:
         subject = f"$JS.API.STREAM.{verb}.{self._stream}"
         answer = await self._ask(subject, json.dumps(wanted).encode(), until=until)
         return answer.data
+
+    def _read(self, decoder: "msgspec.json.Decoder[_Answer]", data: bytes) -> _Answer:
+        try:
+            return decoder.decode(data)
+        except msgspec.MsgspecError as error:
+            raise NoAnswer(f"{self._where}: not a server's answer: {error}") from error
 
     async def _ask(
         self,
