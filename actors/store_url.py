@@ -3,20 +3,27 @@
     memory://                     of this process, gone with it
     sqlite:///relative.db         a SQLite file, from the working directory
     sqlite:////absolute.db        a SQLite file
+    postgresql://user@host/db     a schema of a PostgreSQL database (or postgres://)
 
 A path may be percent-encoded. Options of `sqlite:///` follow a `?`:
 `synchronous` (OFF, NORMAL, FULL, EXTRA; FULL), `busy_timeout_ms` (2000) and
-`max_pages` (of 4 KiB, 0 for no bound; 0).
+`max_pages` (of 4 KiB, 0 for no bound; 0). Options of `postgresql://` are `schema`
+(placement), `timeout_ms` (2000) and those of libpq, such as `sslmode`.
 """
 
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from actors.store_memory import BadStore, MemoryStore, wall_ms
+from actors.store_secrets import without_secrets
 from actors.store_sqlite import SYNCHRONOUS, SqliteFile, SqliteStore
 from placement.contracts import Store
+
+if TYPE_CHECKING:
+    from actors.store_postgres import PostgresDatabase
 
 __all__ = ["BadStore", "check_store", "open_store"]
 
@@ -31,30 +38,35 @@ def check_store(url: str) -> None:
     Raises:
         BadStore: no store can be opened under it, and why.
     """
-    file = _parse(url)
-    if file is not None:
-        file.look()
+    place = _parse(url)
+    if place is not None:
+        place.look()
 
 
 def open_store(url: str, *, now_ms: Callable[[], int] = wall_ms) -> Store:
     """Open the store that `url` names; `now_ms` is the clock of its entries.
 
     Raises:
-        BadStore: `url`, or the file that it names, cannot be a store.
+        BadStore: `url`, or what it names, cannot be a store.
         StoreFailure: it is one, and cannot be opened now.
     """
-    file = _parse(url)
-    if file is None:
+    place = _parse(url)
+    if place is None:
         return MemoryStore(now_ms=now_ms)
-    return SqliteStore(url, file, now_ms=now_ms)
+    if isinstance(place, SqliteFile):
+        return SqliteStore(url, place, now_ms=now_ms)
+    return place.open(now_ms=now_ms)
 
 
-def _parse(url: str) -> SqliteFile | None:
-    """Which file `url` names; none for the memory."""
+def _parse(url: str) -> "SqliteFile | PostgresDatabase | None":
+    """Which file or database `url` names; none for the memory."""
     # By hand: urlsplit drops a `#`, which a file name may contain.
     scheme, separator, rest = url.partition("://")
     if not separator:
-        raise BadStore(f"store {url!r} is not a URL such as sqlite:///placement.db")
+        raise BadStore(
+            f"store {without_secrets(url)!r} is not a URL such as "
+            "sqlite:///placement.db"
+        )
     place, question_mark, query = rest.partition("?")
     match scheme.lower():
         case "memory":
@@ -63,9 +75,24 @@ def _parse(url: str) -> SqliteFile | None:
             return None
         case "sqlite":
             return _parse_sqlite(url, place, query if question_mark else None)
+        case "postgresql" | "postgres":
+            return _postgres_database(url)
     raise BadStore(
-        f"store {url!r}: unknown scheme {scheme!r}; known are memory:// and sqlite:///"
+        f"store {without_secrets(url)!r}: unknown scheme {scheme!r}; "
+        "known are memory://, sqlite:/// and postgresql://"
     )
+
+
+def _postgres_database(url: str) -> "PostgresDatabase":
+    try:
+        # Here: a program that has no such store needs no psycopg.
+        from actors.store_postgres import parse_postgres  # noqa: PLC0415
+    except ImportError as error:
+        raise BadStore(
+            f"store {without_secrets(url)!r} needs psycopg: "
+            "pip install 'actor-placement[postgres]'"
+        ) from error
+    return parse_postgres(url)
 
 
 def _parse_sqlite(url: str, place: str, query: str | None) -> SqliteFile:
