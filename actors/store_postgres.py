@@ -18,11 +18,12 @@ Server operations: a renewal is one transaction, in one round trip, of one updat
 and two reads.
 """
 
+import logging
 import re
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, LiteralString, TypeAlias, TypeVar
@@ -271,6 +272,10 @@ WHERE n.nspname = %s AND c.relkind IN ('r', 'p', 'f', 'v', 'm', 'S')
 """
 _READ_VERSION: LiteralString = "SELECT program, version FROM {schema}.store"
 
+# It warns of what follows from an error that is raised anyway. Who has configured
+# no log sees none.
+logging.getLogger("psycopg").addHandler(logging.NullHandler())
+
 _Result = TypeVar("_Result")
 _Answer = TypeVar("_Answer")
 _Statement: TypeAlias = tuple[LiteralString, Sequence[Any]]
@@ -300,6 +305,34 @@ class _Connection(psycopg.Connection[tuple[Any, ...]]):
     """
 
     silence_max_s = 10.0
+    _pipelines: ExitStack | None = None
+    _sync: Callable[[], None]
+
+    def send(self, statements: Iterable[tuple[bytes, Sequence[Any]]]) -> list[_Found]:
+        """Send all of these at once; what each has found, in one round trip."""
+        if self._pipelines is None:
+            # Never left: leaving it sends a flush after all else, for which the
+            # server takes back its bound of how long a transaction may stand still.
+            self._pipelines = ExitStack()
+            self._sync = self._pipelines.enter_context(self.pipeline()).sync
+        cursors = [self.execute(*each, binary=True) for each in statements]
+        self._sync()
+        return [[] if each.description is None else each.fetchall() for each in cursors]
+
+    def undo(self) -> None:
+        """End a transaction, whatever became of it and of what has been sent."""
+        if self.pgconn.transaction_status == TransactionStatus.ACTIVE:
+            with suppress(psycopg.Error):  # it has been raised, or is undone
+                self._sync()
+        if self.pgconn.transaction_status != TransactionStatus.IDLE:
+            self.send([(b"ROLLBACK", ())])
+
+    def close(self) -> None:
+        """Close it, answered or not."""
+        super().close()
+        if self._pipelines is not None:
+            with suppress(psycopg.Error):  # it is closed
+                self._pipelines.close()
 
     def wait(
         self,
@@ -720,12 +753,15 @@ class PostgresStore(RecordStore):
     def _repeated(self, call: Callable[[], _Result]) -> _Result:
         """Make a call again that surely has not happened, for a while."""
         until_s = time.monotonic() + self._database.timeout_ms / 1_000
-        for _ in range(_TRIES_MAX - 1):
+        for number in range(_TRIES_MAX - 1):
             try:
                 return call()
             except _NotDone:
                 # A transaction's calls are the caller's to make again.
-                if self._is_in_transaction or time.monotonic() >= until_s:
+                if self._is_in_transaction:
+                    raise
+                # A connection may have been dead from the first, and found so late.
+                if number > 0 and time.monotonic() >= until_s:
                     raise
         return call()
 
@@ -812,8 +848,7 @@ class PostgresStore(RecordStore):
                 (_READ_OPEN, ()),
                 *statements,
             )
-            # Nothing has been decided yet: also where the rest is not repeated.
-            _, _, taken, records, *found = self._again(begin)
+            _, _, taken, records, *found = self._begun(begin)
             work.revision_before = work.revision = self._revision_of(taken)
         work.has_begun = True
         work.sessions.update(_records_by_session(records))
@@ -824,12 +859,14 @@ class PostgresStore(RecordStore):
             (_BEGIN_READING, ()), self._database.settings(), *statements, (_COMMIT, ())
         )[2:-1]
 
-    def _again(self, call: Callable[[], _Result]) -> _Result:
-        """Make a call of the server; once more, where the connection had died."""
+    def _begun(self, begin: Callable[[], list[_Found]]) -> list[_Found]:
         try:
-            return call()
+            return begin()
         except _NotDone:
-            return call()
+            if not self._is_in_transaction:
+                raise
+            # Nothing has been decided yet, and the body cannot be repeated.
+            return begin()
 
     def _revision_of(self, found: _Found) -> int:
         for version, revision in found:
@@ -882,13 +919,9 @@ class PostgresStore(RecordStore):
 
     def _roll_back(self) -> None:
         """Undo what is left of a transaction, so that the next one can begin."""
-        connection = self._connection
-        if connection is None:
-            return
-        status = connection.pgconn.transaction_status
-        if status != TransactionStatus.IDLE:
+        if self._connection is not None:
             try:
-                connection.execute("ROLLBACK")
+                self._connection.undo()
             except psycopg.Error:
                 self._drop()
 
@@ -902,22 +935,17 @@ class PostgresStore(RecordStore):
         """
         if self._connection is None:
             self._connection = self._connect()
-        connection, schema = self._connection, self._database.schema
+        schema = self._database.schema
         try:
-            with connection.pipeline():
-                cursors = [
-                    connection.execute(_compiled(schema, text), values, binary=True)
-                    for text, values in statements
-                ]
-            return [
-                [] if each.description is None else each.fetchall() for each in cursors
-            ]
+            return self._connection.send(
+                (_compiled(schema, text), values) for text, values in statements
+            )
         except (psycopg.Error, UnicodeError) as error:
-            is_silent = isinstance(error, _Silence)
-            if is_silent or connection.closed:
+            if isinstance(error, _Silence):
                 self._drop()
-                raise self._not_done(error, is_lost=True) from error
             self._roll_back()
+            if self._connection is None:
+                raise self._not_done(error, is_lost=True) from error
             if isinstance(error, psycopg.Error) and _may_be_repeated(error):
                 raise self._not_done(error, is_lost=False) from error
             raise self._failure(_said(error)) from error

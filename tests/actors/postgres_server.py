@@ -34,9 +34,9 @@ shared_buffers = 16MB
 autovacuum = off
 fsync = off  # a stopped server loses nothing by that, only a stopped machine would
 """
-# Whoever asks for a password by its name has to give one.
+# Members of `careful` have to give a password.
 ACCESS = """
-local all careful scram-sha-256
+local all +careful scram-sha-256
 local all all trust
 """
 
@@ -125,7 +125,7 @@ class PostgresServer:
     def remove(self) -> None:
         """Stop it, and leave nothing."""
         if self._process is not None:
-            self.stop()
+            self.stop(immediately=True)
         shutil.rmtree(self.folder)
 
     def connect(self, database: str = "postgres") -> psycopg.Connection[Any]:
@@ -180,7 +180,8 @@ class Wire:
         self.port = self._listener.getsockname()[1]
         self.cut_count = 0
         self.refuses = False
-        self._word: bytes | None = None
+        self._word = b""
+        self._times = 0
         self._is_before = False
         self._refuses_after = False
         self._ends, self._end = socket.socketpair()
@@ -191,10 +192,12 @@ class Wire:
         more = f"?{options}" if options else ""
         return f"postgresql://{user}@127.0.0.1:{self.port}/postgres{more}"
 
-    def cut(self, word: str, *, before: bool, then_refuse: bool = False) -> None:
-        """Cut the next connection that sends `word`."""
+    def cut(
+        self, word: str, *, before: bool, then_refuse: bool = False, times: int = 1
+    ) -> None:
+        """Cut the next connections that send `word`."""
         self._is_before, self._refuses_after = before, then_refuse
-        self._word = word.encode()
+        self._word, self._times = word.encode(), times
 
     def close(self) -> None:
         self._end.close()
@@ -238,9 +241,9 @@ class Wire:
                     elif each in dropping:
                         if READY in data:
                             drop(each)
-                    elif each in clients and self._word and self._word in data:
+                    elif each in clients and self._times and self._word in data:
                         self.cut_count += 1
-                        self._word = None
+                        self._times -= 1
                         self.refuses = self._refuses_after
                         if self._is_before:
                             drop(each)
