@@ -23,7 +23,7 @@ from actors.store_sqlite import SYNCHRONOUS, SqliteFile, SqliteStore
 from placement.contracts import Store
 
 if TYPE_CHECKING:
-    from actors.store_postgres import PostgresDatabase
+    from actors.postgres_database import PostgresDatabase
 
 __all__ = ["BadStore", "check_store", "open_store"]
 
@@ -55,7 +55,10 @@ def open_store(url: str, *, now_ms: Callable[[], int] = wall_ms) -> Store:
         return MemoryStore(now_ms=now_ms)
     if isinstance(place, SqliteFile):
         return SqliteStore(url, place, now_ms=now_ms)
-    return place.open(now_ms=now_ms)
+    from actors.store_postgres import PostgresStore  # noqa: PLC0415  as below
+
+    place.prepare()
+    return PostgresStore(place, now_ms=now_ms)
 
 
 def _parse(url: str) -> "SqliteFile | PostgresDatabase | None":
@@ -86,7 +89,7 @@ def _parse(url: str) -> "SqliteFile | PostgresDatabase | None":
 def _postgres_database(url: str) -> "PostgresDatabase":
     try:
         # Here: a program that has no such store needs no psycopg.
-        from actors.store_postgres import parse_postgres  # noqa: PLC0415
+        from actors.postgres_database import parse_postgres  # noqa: PLC0415
     except ImportError as error:
         raise BadStore(
             f"store {without_secrets(url)!r} needs psycopg: "

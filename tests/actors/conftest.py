@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.actors.postgres_server import PostgresServer
+from tests.actors.postgres_server import PostgresServer, Wire
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +13,24 @@ def postgres() -> Iterator[PostgresServer]:
     server = PostgresServer()
     try:
         server.start()
+        server.run("CREATE ROLE careful")
         yield server
     finally:
         server.remove()
+
+
+@pytest.fixture
+def schema(postgres: PostgresServer) -> str:
+    """A schema that is not there yet."""
+    return postgres.new_schema()
+
+
+@pytest.fixture
+def url(postgres: PostgresServer, schema: str) -> str:
+    return postgres.url(f"schema={schema}")
+
+
+@pytest.fixture
+def wire(postgres: PostgresServer) -> Iterator[Wire]:
+    with postgres.wire() as wire:
+        yield wire
