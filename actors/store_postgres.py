@@ -148,11 +148,8 @@ UPDATE {schema}.membership SET epoch = %s, members = %s
 _Result = TypeVar("_Result")
 
 
-class _NotDone(StoreFailure):
-    """Surely nothing was written, and the same again may succeed.
-
-    Where the connection was lost at a commit, that holds only once it is looked up.
-    """
+class _Repeatable(StoreFailure):
+    """The same again may succeed; `is_lost`: this time the connection was lost."""
 
     def __init__(self, message: str, *, is_lost: bool) -> None:
         super().__init__(message, may_have_happened=False)
@@ -273,32 +270,46 @@ class PostgresStore(RecordStore):
         return self._repeated(lambda: each(rule, requests, writes=writes))
 
     def _repeated(self, call: Callable[[], _Result]) -> _Result:
-        """Make a call again that surely has not happened, for a while."""
+        """Make a call again that may succeed then, for a while."""
         until_s = time.monotonic() + self._database.timeout_ms / 1_000
-        for number in range(_TRIES_MAX - 1):
+        is_unsure = False
+        tries = 0
+        while True:
+            tries += 1
             try:
                 return call()
-            except _NotDone:
-                # A transaction's calls are the caller's to make again.
-                if self._is_in_transaction:
-                    raise
-                # A connection may have been dead from the first, and found so late.
-                if number > 0 and time.monotonic() >= until_s:
-                    raise
-        return call()
+            except StoreFailure as error:
+                is_unsure = is_unsure or error.may_have_happened
+                if (
+                    isinstance(error, _Repeatable)
+                    # A transaction's calls are the caller's to make again.
+                    and not self._is_in_transaction
+                    and tries < _TRIES_MAX
+                    # One may have been dead from the first, and found so late.
+                    and (tries == 1 or time.monotonic() < until_s)
+                ):
+                    continue
+                if is_unsure and not error.may_have_happened:
+                    raise StoreFailure(str(error)) from error
+                raise
 
     def _renew(self, session: SessionId, count: int) -> SessionView | None:
         with self._sessions_call():
             _check_text(session)
-            _, _, renewed, members, records, *_ = self._send(
-                (_BEGIN_AT_ONCE, ()),
-                self._database.settings(),
-                (_RENEW_SESSION, [count, session]),
-                (_READ_MEMBERS, ()),
-                (_READ_VIEW, ()),
-                (_WAIT_FOR_COMMIT, ()),
-                (_COMMIT, ()),
-            )
+            try:
+                _, _, renewed, members, records, *_ = self._send(
+                    (_BEGIN_AT_ONCE, ()),
+                    self._database.settings(),
+                    (_RENEW_SESSION, [count, session]),
+                    (_READ_MEMBERS, ()),
+                    (_READ_VIEW, ()),
+                    (_WAIT_FOR_COMMIT, ()),
+                    (_COMMIT, ()),
+                )
+            except _Repeatable as error:
+                # Its commit was sent with the rest.
+                error.may_have_happened = error.is_lost
+                raise
             return _view_from(members, records) if renewed else None
 
     def _read_all(self) -> SessionView:
@@ -384,7 +395,7 @@ class PostgresStore(RecordStore):
     def _begun(self, begin: Callable[[], list[Found]]) -> list[Found]:
         try:
             return begin()
-        except _NotDone:
+        except _Repeatable:
             if not self._is_in_transaction:
                 raise
             # Nothing has been decided yet, and the body cannot be repeated.
@@ -407,7 +418,7 @@ class PostgresStore(RecordStore):
         mark = (_WRITE_COMMIT, [self._name, self._commit_count])
         try:
             self._send(*statements, mark, (_WAIT_FOR_COMMIT, ()), (_COMMIT, ()))
-        except _NotDone as error:
+        except _Repeatable as error:
             if not error.is_lost or not self._has_committed():
                 raise
 
@@ -467,9 +478,9 @@ class PostgresStore(RecordStore):
                 self._drop()
             self._roll_back()
             if self._connection is None:
-                raise self._not_done(error, is_lost=True) from error
+                raise self._repeatable(error, is_lost=True) from error
             if isinstance(error, psycopg.Error) and _may_be_repeated(error):
-                raise self._not_done(error, is_lost=False) from error
+                raise self._repeatable(error, is_lost=False) from error
             raise self._failure(said(error)) from error
         except BaseException:
             # Interrupted: what has been sent is still under way.
@@ -491,8 +502,8 @@ class PostgresStore(RecordStore):
     def _failure(self, why: str, *, may_have_happened: bool = False) -> StoreFailure:
         return StoreFailure(f"{self._url}: {why}", may_have_happened=may_have_happened)
 
-    def _not_done(self, error: Exception, *, is_lost: bool) -> _NotDone:
-        return _NotDone(f"{self._url}: {said(error)}", is_lost=is_lost)
+    def _repeatable(self, error: Exception, *, is_lost: bool) -> _Repeatable:
+        return _Repeatable(f"{self._url}: {said(error)}", is_lost=is_lost)
 
     # --- records ---
 

@@ -19,6 +19,7 @@ from placement.contracts import (
     Acquire,
     Acquired,
     Claim,
+    Claimed,
     Failed,
     GiveUp,
     Load,
@@ -692,6 +693,37 @@ def test_a_commit_that_cannot_be_looked_up_may_have_happened(
             assert caught.value.may_have_happened is False
             wire.refuses = False
         assert load(store, USER).owner == (None if before else NODE)
+
+
+def test_a_commit_that_waits_for_a_standby_is_not_taken_for_done(
+    postgres: PostgresServer, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres_database, "_GRACE_S", 0.2)
+
+    def set_standby(statement: str, found: str) -> None:
+        postgres.run(f"ALTER SYSTEM {statement}", "SELECT pg_reload_conf()")
+        look = "SHOW synchronous_standby_names"
+        until(lambda: postgres.run(look) == [(found,)])
+
+    with opened(f"{url}&timeout_ms=200") as store:
+        mine = Acquisition(NODE, 1)
+        store.try_acquire([Acquire(CART, mine)])
+        request = Claim(CART, NODE, 1, mine, 0)
+        set_standby("SET synchronous_standby_names = 'none'", "none")
+        try:
+            for call in (
+                lambda: store.claim([request]),
+                lambda: store.renew_session(NODE, 1),
+            ):
+                with pytest.raises(StoreFailure) as caught:
+                    call()
+            assert caught.value.may_have_happened is True
+        finally:
+            set_standby("RESET synchronous_standby_names", "")
+
+        (claimed,) = store.claim([request])
+        assert isinstance(claimed, Claimed)
+        assert claimed.entry.fencing_token == 1
 
 
 @pytest.mark.parametrize("before", [True, False])
