@@ -170,8 +170,9 @@ class Connection(psycopg.Connection[tuple[Any, ...]]):
         if self._pipelines is None:
             # Never left: leaving it sends a flush after all else, for which the
             # server takes back its bound of how long a transaction may stand still.
-            self._pipelines = ExitStack()
-            self._sync = self._pipelines.enter_context(self.pipeline()).sync
+            pipelines = ExitStack()
+            self._sync = pipelines.enter_context(self.pipeline()).sync
+            self._pipelines = pipelines
         cursors = [self.execute(*each, binary=True) for each in statements]
         self._sync()
         return [[] if each.description is None else each.fetchall() for each in cursors]

@@ -537,11 +537,10 @@ class PostgresStore(RecordStore):
 
     def _look_up(self, identities: Sequence[Identity]) -> None:
         work = self._work
-        # One that is no UTF-8 is left for its own request to fail by.
         missing = {
             str(each): each
             for each in identities
-            if (each not in work.rows or self._is_missed(each)) and each.isprintable()
+            if each not in work.rows or self._is_missed(each)
         }
         if not missing:
             return
@@ -565,10 +564,7 @@ class PostgresStore(RecordStore):
         return self._reads_snapshots and identity in self._work.bare
 
     def _row(self, identity: Identity) -> Row:
-        if identity not in self._work.rows:
-            _check_text(identity)
-            self._look_up([identity])
-        return self._work.rows[identity]
+        return self._work.rows[identity]  # all of a call have been looked up
 
     def _keep_row(self, identity: Identity, row: Row) -> None:
         self._work.changed[identity] = row
