@@ -593,8 +593,7 @@ class PostgresStore(RecordStore):
         self._work.changed_sessions[record.session] = record
 
     def _open_sessions(self) -> Iterable[SessionRecord]:
-        if not self._work.has_begun:
-            self._read()
+        # Read as the transaction began, and changed by it since.
         known = self._work.sessions.values()
         return [each for each in known if each is not None and not each.closed]
 

@@ -5,7 +5,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from decimal import Decimal
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from actors import Cluster, postgres_database, store_postgres
+from actors.postgres_database import Connection
 from actors.store_postgres import PostgresStore
 from actors.store_url import open_store
 from placement.contracts import (
@@ -598,6 +599,47 @@ def test_a_renewal_that_conflicts_is_repeated(
 
         assert counts == [5]
         assert backend_of(store) == process
+
+
+def test_a_closing_that_meets_a_renewal_sees_its_count(
+    postgres: PostgresServer, schema: str, url: str
+) -> None:
+    with opened(f"{url}&timeout_ms=20000") as store, postgres.connect() as other:
+        process = backend_of(store)
+        closed: list[bool] = []
+        thread = threading.Thread(
+            target=lambda: closed.append(store.close_session(NODE, 0))
+        )
+        with other.transaction():
+            other.execute(f"UPDATE {schema}.sessions SET count = 1".encode())
+            thread.start()
+            until(lambda: waits_for_a_lock(postgres, process))
+        thread.join()
+
+        assert closed == [False]
+        assert store.close_session(NODE, 1)
+
+
+def test_an_interrupted_call_leaves_a_store_that_works(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = Connection.send
+
+    def interrupted(
+        connection: Connection, statements: Iterable[tuple[bytes, Sequence[Any]]]
+    ) -> None:
+        send(connection, statements)
+        raise KeyboardInterrupt
+
+    with opened(url) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(Connection, "send", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.renew_session(NODE, 3)
+
+        view = store.renew_session(NODE, 2)
+        assert view is not None
+        assert [each.count for each in view.sessions] == [3]
 
 
 # --- connections that are lost ---
