@@ -58,9 +58,6 @@ _BEGIN: LiteralString = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"
 _BEGIN_AT_ONCE: LiteralString = "BEGIN ISOLATION LEVEL REPEATABLE READ READ WRITE"
 _BEGIN_READING: LiteralString = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 _COMMIT: LiteralString = "COMMIT"
-# A commit that waits for a standby is never cut short: it would be taken for one
-# that the standby has, too.
-_WAIT_FOR_COMMIT: LiteralString = "SELECT set_config('statement_timeout', '0', true)"
 
 _TAKE: LiteralString = "SELECT version, revision FROM {schema}.store FOR UPDATE"
 _WRITE_REVISION: LiteralString = "UPDATE {schema}.store SET revision = %s"
@@ -297,13 +294,12 @@ class PostgresStore(RecordStore):
         with self._sessions_call():
             _check_text(session)
             try:
-                _, _, renewed, members, records, *_ = self._send(
+                _, _, renewed, members, records, _ = self._send(
                     (_BEGIN_AT_ONCE, ()),
                     self._database.settings(),
                     (_RENEW_SESSION, [count, session]),
                     (_READ_MEMBERS, ()),
                     (_READ_VIEW, ()),
-                    (_WAIT_FOR_COMMIT, ()),
                     (_COMMIT, ()),
                 )
             except _Repeatable as error:
@@ -417,7 +413,7 @@ class PostgresStore(RecordStore):
         self._commit_count += 1
         mark = (_WRITE_COMMIT, [self._name, self._commit_count])
         try:
-            self._send(*statements, mark, (_WAIT_FOR_COMMIT, ()), (_COMMIT, ()))
+            self._send(*statements, mark, (_COMMIT, ()))
         except _Repeatable as error:
             if not error.is_lost or not self._has_committed():
                 raise

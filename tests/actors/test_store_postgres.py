@@ -1,5 +1,6 @@
 """The PostgreSQL store's own promises: one server, lost connections, every failure."""
 
+import gc
 import os
 import random
 import signal
@@ -296,6 +297,14 @@ def test_large_snapshots_are_sent_in_pieces(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_postgres, "_CHUNK_BYTES", 1_000)
+    pieces: list[int] = []
+    send = PostgresStore._send
+
+    def counting(store: PostgresStore, *statements: Any) -> Any:
+        pieces.append(sum(each[0] is store_postgres._WRITE_ROWS for each in statements))
+        return send(store, *statements)
+
+    monkeypatch.setattr(PostgresStore, "_send", counting)
     sizes = (400, 400, 400, 5_000, 0, 1_000, 1)
     with opened(url) as store:
         tokens = [
@@ -311,6 +320,7 @@ def test_large_snapshots_are_sent_in_pieces(
         )
 
         assert saved == [Saved(1)] * len(sizes)
+        assert pieces[-1] == 5
         for number, size in enumerate(sizes):
             assert load(store, Identity("k", str(number))).record.snapshot == bytes(
                 size
@@ -634,12 +644,14 @@ def test_an_interrupted_call_leaves_a_store_that_works(
     with opened(url) as store:
         with monkeypatch.context() as patch:
             patch.setattr(Connection, "send", interrupted)
+            before = backend_of(store)
             with pytest.raises(KeyboardInterrupt):
                 store.renew_session(NODE, 3)
 
         view = store.renew_session(NODE, 2)
         assert view is not None
         assert [each.count for each in view.sessions] == [3]
+        assert backend_of(store) != before  # it might answer what was asked before
 
 
 # --- connections that are lost ---
@@ -650,7 +662,7 @@ TAKING = "FOR UPDATE"
 
 
 def test_a_connection_that_was_lost_unused_is_made_again(
-    postgres: PostgresServer, url: str
+    postgres: PostgresServer, url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with opened(url) as store:
         calls: list[Callable[[], object]] = [
@@ -667,6 +679,8 @@ def test_a_connection_that_was_lost_unused_is_made_again(
             call()
             assert backend_of(store) != before, number
         assert load(store, USER).owner == NODE
+    gc.collect()
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("before", [True, False])
