@@ -485,7 +485,14 @@ sys.stdin.readline()
 for url in sys.argv[1:]:
     open_store(url).close()
 """
-    urls = [postgres.url(f"schema={postgres.new_schema()}") for _ in range(8)]
+    # Whatever transactions are by default there.
+    defaults = (
+        "options=-cdefault_transaction_isolation%3Dserializable"
+        "%20-cdefault_transaction_read_only%3Don"
+    )
+    urls = [
+        postgres.url(f"schema={postgres.new_schema()}&{defaults}") for _ in range(8)
+    ]
 
     run_all([start(code, *urls) for _ in range(4)])
 
