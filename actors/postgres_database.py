@@ -12,7 +12,7 @@ from urllib.parse import unquote
 from zlib import crc32
 
 import psycopg
-from psycopg import sql
+from psycopg import generators, sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import Conninfo, TransactionStatus
 
@@ -174,6 +174,9 @@ class Connection(psycopg.Connection[tuple[Any, ...]]):
             self._sync = pipelines.enter_context(self.pipeline()).sync
             self._pipelines = pipelines
         cursors = [self.execute(*each, binary=True) for each in statements]
+        # More than the socket takes at once: `sync` would wait for the answers to
+        # what it has not sent yet.
+        self.wait(generators.send(self.pgconn))
         self._sync()
         return [[] if each.description is None else each.fetchall() for each in cursors]
 

@@ -327,6 +327,31 @@ def test_large_snapshots_are_sent_in_pieces(
             )
 
 
+@pytest.mark.parametrize("size", [500_000, 4_000_000, 30_000_000])
+def test_a_batch_may_be_larger_than_what_the_network_takes_at_once(
+    size: int, url: str
+) -> None:
+    identities = [Identity("k", str(number)) for number in range(4)]
+    with opened(f"{url}&timeout_ms=20000") as store:
+        tokens = [
+            own(store, each, n).fencing_token for n, each in enumerate(identities)
+        ]
+        states = [os.urandom(size // 4) for _ in identities]
+
+        with store.transaction():
+            saved = store.save(
+                [
+                    Save(identity, token, 1, state)
+                    for identity, token, state in zip(
+                        identities, tokens, states, strict=True
+                    )
+                ]
+            )
+
+        assert saved == [Saved(1)] * 4
+        assert [load(store, each).record.snapshot for each in identities] == states
+
+
 def test_a_lock_on_what_was_never_claimed_leaves_no_row(
     postgres: PostgresServer, schema: str, url: str
 ) -> None:
