@@ -545,13 +545,13 @@ class SqliteStore(RecordStore):
     def _topology(self) -> Topology:
         epoch, members = self._cursor.execute(_READ_MEMBERS).fetchone()
         try:
-            return Topology(epoch=epoch, members=_members_from(members))
+            return Topology(epoch=epoch, members=members_from(members))
         except (ValueError, KeyError, TypeError) as error:
             raise StoreFailure(f"the membership is damaged: {error}") from error
 
     def _keep_topology(self, topology: Topology) -> None:
         self._cursor.execute(
-            _WRITE_MEMBERS, (topology.epoch, _text_of(topology.members))
+            _WRITE_MEMBERS, (topology.epoch, text_of(topology.members))
         )
 
 
@@ -576,7 +576,8 @@ def _session_from(
     )
 
 
-def _text_of(members: Iterable[Member]) -> str:
+def text_of(members: Iterable[Member]) -> str:
+    """The members as JSON."""
     return json.dumps(
         [
             {
@@ -590,7 +591,8 @@ def _text_of(members: Iterable[Member]) -> str:
     )
 
 
-def _members_from(text: str) -> tuple[Member, ...]:
+def members_from(text: str) -> tuple[Member, ...]:
+    """The members that `text_of` has written."""
     return tuple(
         Member(
             session=each["session"],

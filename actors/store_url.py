@@ -4,12 +4,14 @@
     sqlite:///relative.db         a SQLite file, from the working directory
     sqlite:////absolute.db        a SQLite file
     nats://host:4222,host2:4222   a JetStream key-value bucket
+    postgresql://user@host/db     a schema of a PostgreSQL database (or postgres://)
 
 A path may be percent-encoded. Options of `sqlite:///` follow a `?`:
 `synchronous` (OFF, NORMAL, FULL, EXTRA; FULL), `busy_timeout_ms` (2000) and
 `max_pages` (of 4 KiB, 0 for no bound; 0). Options of `nats://` are `cluster`
 (default), `replicas` (3 in a cluster of servers, else 1), `timeout_ms` (2000) and
-those of `actors.nats_connection`.
+those of `actors.nats_connection`; of `postgresql://` they are `schema` (placement),
+`timeout_ms` (2000) and those of libpq, such as `sslmode`.
 """
 
 import re
@@ -19,10 +21,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from actors.store_memory import BadStore, MemoryStore, wall_ms
+from actors.store_secrets import without_secrets
 from actors.store_sqlite import SYNCHRONOUS, SqliteFile, SqliteStore
 from placement.contracts import Store
 
 if TYPE_CHECKING:
+    from actors.postgres_database import PostgresDatabase
     from actors.store_nats import NatsPlace
 
 __all__ = ["BadStore", "check_store", "open_store"]
@@ -58,12 +62,33 @@ def open_store(url: str, *, now_ms: Callable[[], int] = wall_ms) -> Store:
     return place.open(now_ms=now_ms)
 
 
-def _parse(url: str) -> "SqliteFile | NatsPlace | None":
-    """Which file or bucket `url` names; none for the memory."""
+class _PostgresPlace:
+    """The database that a URL names, as what can be looked at and opened."""
+
+    def __init__(self, database: "PostgresDatabase") -> None:
+        self._database = database
+
+    def look(self) -> None:
+        """Check it; create nothing."""
+        self._database.look()
+
+    def open(self, *, now_ms: Callable[[], int]) -> Store:
+        """Open the store, and create its schema where there is none."""
+        from actors.store_postgres import PostgresStore  # noqa: PLC0415  as below
+
+        self._database.prepare()
+        return PostgresStore(self._database, now_ms=now_ms)
+
+
+def _parse(url: str) -> "SqliteFile | NatsPlace | _PostgresPlace | None":
+    """Which file, bucket or database `url` names; none for the memory."""
     # By hand: urlsplit drops a `#`, which a file name may contain.
     scheme, separator, rest = url.partition("://")
     if not separator:
-        raise BadStore(f"store {url!r} is not a URL such as sqlite:///placement.db")
+        raise BadStore(
+            f"store {without_secrets(url)!r} is not a URL such as "
+            "sqlite:///placement.db"
+        )
     place, question_mark, query = rest.partition("?")
     match scheme.lower():
         case "memory":
@@ -77,10 +102,24 @@ def _parse(url: str) -> "SqliteFile | NatsPlace | None":
             from actors.store_nats import NatsPlace  # noqa: PLC0415
 
             return NatsPlace.parse(url)
+        case "postgresql" | "postgres":
+            return _PostgresPlace(_postgres_database(url))
     raise BadStore(
-        f"store {url!r}: unknown scheme {scheme!r}; "
-        "known are memory://, sqlite:/// and nats://"
+        f"store {without_secrets(url)!r}: unknown scheme {scheme!r}; "
+        "known are memory://, sqlite:///, postgresql:// and nats://"
     )
+
+
+def _postgres_database(url: str) -> "PostgresDatabase":
+    try:
+        # Here: a program that has no such store needs no psycopg.
+        from actors.postgres_database import parse_postgres  # noqa: PLC0415
+    except ImportError as error:
+        raise BadStore(
+            f"store {without_secrets(url)!r} needs psycopg: "
+            "pip install 'actor-placement[postgres]'"
+        ) from error
+    return parse_postgres(url)
 
 
 def _parse_sqlite(url: str, place: str, query: str | None) -> SqliteFile:

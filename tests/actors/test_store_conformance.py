@@ -40,6 +40,7 @@ from placement.contracts import (
 from placement.entry import Acquisition
 from placement.identity import Identity
 from placement.topology import Member, SessionId, Topology
+from tests.actors.postgres_server import PostgresServer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,6 +67,19 @@ class TestSqliteStore(StoreConformance):
 
 class TestSqliteStoreSyncedLess(TestSqliteStore):
     options = "?synchronous=NORMAL"
+
+
+class TestPostgresStore(StoreConformance):
+    @pytest.fixture(autouse=True)
+    def in_a_database(self, postgres: PostgresServer) -> None:
+        self.url = postgres.url(f"schema={postgres.new_schema()}")
+
+    def open_store(self) -> Store:
+        return open_store(self.url)
+
+    def reopen(self, store: Store) -> Store:
+        store.close()
+        return open_store(self.url)
 
 
 @pytest.mark.parametrize("url", ["memory://", "sqlite:///{folder}/{number}.db"])

@@ -1,0 +1,101 @@
+"""What the tests of the PostgreSQL store are written in."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from actors.store_postgres import PostgresStore
+from actors.store_url import open_store
+from placement.contracts import (
+    Acquire,
+    Acquired,
+    Claim,
+    Claimed,
+    Load,
+    Loaded,
+    SessionRecord,
+    Store,
+)
+from placement.entry import Acquisition, ActivationEntry
+from placement.identity import Identity
+from placement.topology import SessionId
+from tests.actors.postgres_server import PostgresServer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+NODE = SessionId("node-a.1#1")
+CART = Identity("cart", "42")
+USER = Identity("user", "7")
+
+
+@contextmanager
+def opened(url: str) -> Iterator[PostgresStore]:
+    with closing(open_store(url)) as store:
+        assert isinstance(store, PostgresStore)
+        store.open_session(SessionRecord(session=NODE, ttl_ms=5_000))
+        yield store
+
+
+def own(
+    store: Store, identity: Identity, number: int = 1, session: SessionId = NODE
+) -> ActivationEntry:
+    mine = Acquisition(session, number)
+    (acquired,) = store.try_acquire([Acquire(identity, mine)])
+    assert isinstance(acquired, Acquired)
+    request = Claim(identity, session, number, mine, acquired.entry.revision)
+    (claimed,) = store.claim([request])
+    assert isinstance(claimed, Claimed)
+    return claimed.entry
+
+
+def load(store: Store, identity: Identity) -> ActivationEntry:
+    (loaded,) = store.load([Load(identity)])
+    assert isinstance(loaded, Loaded)
+    return loaded.entry
+
+
+def backend_of(store: PostgresStore) -> int:
+    """The process that serves the store's connection."""
+    assert store._connection is not None
+    return store._connection.pgconn.backend_pid
+
+
+def terminate(server: PostgresServer, *processes: int) -> None:
+    """End these connections, and wait until they are gone."""
+    for process in processes:
+        server.run(f"SELECT pg_terminate_backend({process}, 10000)")
+
+
+def until(condition: Callable[[], bool], within_s: float = 30.0) -> None:
+    until_s = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.002)
+
+
+def start(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """Start a Python process of this project, which waits for a line."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_all(processes: Sequence[subprocess.Popen[str]]) -> list[list[str]]:
+    """Let processes go that all do the same at once; the lines of each."""
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=60)[0].splitlines() for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes)
+    return said
