@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,15 @@ from scripts.benchmarks.measure import Measurement, Unit, spread_of
 FLOORS = Path(__file__).with_name("floors.json")
 #: A floor is this share of the ratio that was measured: machines differ.
 FLOOR_SHARE = 0.6
-_WIDTH = 180
+_WIDTH = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One benchmark's medians. `ratio` is how near to the limit; more is better.
 
-    Spreads are half of the range over the median. `reached` and `floor` are none
-    where there is no goal, or no floor.
+    Spreads are half of the distance of the quartiles, by the median. `reached` and
+    `floor` are none where there is no goal, or no floor.
     """
 
     name: str
@@ -127,18 +127,20 @@ def read_floors(path: Path = FLOORS) -> dict[str, float]:
     return floors
 
 
-def write_floors(rows: Iterable[Row], path: Path = FLOORS) -> None:
-    """Set the floors of these rows; those of others stay."""
+def write_floors(
+    rows: Iterable[Row], without: Container[str], path: Path = FLOORS
+) -> None:
+    """Set the floors of these rows, but of those `without`; those of others stay."""
     floors = read_floors(path)
-    floors.update((row.name, float(f"{row.ratio * FLOOR_SHARE:.3g}")) for row in rows)
+    for row in rows:
+        if row.name not in without:
+            floors[row.name] = float(f"{row.ratio * FLOOR_SHARE:.3g}")
     text = json.dumps(dict(sorted(floors.items())), indent=2)
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def below_floor(rows: Iterable[Row]) -> list[str]:
-    """What to say of each row whose ratio is below its floor."""
-    return [
-        f"{row.name}: ratio {row.ratio:.3g} is below its floor {row.floor:.3g}"
-        for row in rows
-        if row.floor is not None and row.ratio < row.floor
-    ]
+def below_floor(row: Row) -> str | None:
+    """What to say of a row whose ratio is below its floor."""
+    if row.floor is None or row.ratio >= row.floor:
+        return None
+    return f"{row.name}: ratio {row.ratio:.3g} is below its floor {row.floor:.3g}"
