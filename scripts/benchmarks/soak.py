@@ -15,7 +15,6 @@ from random import Random
 from typing import Any
 
 from actors import Cluster, Grain, Kind
-from actors.run import calm_collector
 from placement.errors import PlacementError
 from scripts.benchmarks.hosted import resident
 
@@ -27,8 +26,9 @@ _WAIT_S = 60.0
 _CHANGE_EVERY_S = 15.0
 #: How long after a change its latencies still count as its own.
 _AFTER_CHANGE_S = 2.0
-#: The plateau is the middle of what memory was in this first share of the time.
-_EARLY = 0.3
+#: The plateau is the median of memory in this part of the time: from when the first
+#: churn has spread the heap.
+_PLATEAU = (0.2, 0.5)
 
 
 class Soaked(Grain):
@@ -199,19 +199,23 @@ class _Soaking:
 def soak(
     *, seconds: float, grains: int, say: Callable[[str], None] = lambda _: None
 ) -> Soak:
-    """Run for so long, after all have been started once."""
+    """Run for so long, after all have been started once.
+
+    The garbage collector is left as a program has it: an ended Grain may be part of
+    a cycle, which only that one frees.
+    """
     kinds = {"soak": Kind(Soaked, idle_after=None)}
     with Cluster.embedded(nodes=3, kinds=kinds) as cluster:
         soaking = _Soaking(cluster, grains, say)
         soaking.fill()
-        calm_collector()
         spent = soaking.run(seconds)
         soaking.fill()  # what has left with a node is back
         assert sum(cluster.snapshot().activations.values()) == grains
         gc.collect()
         last = resident()
-    sizes = [size for at, size in soaking.memory if at <= spent * _EARLY]
-    plateau = int(statistics.median(sizes))
+    first, end = (share * spent for share in _PLATEAU)
+    sizes = [size for at, size in soaking.memory if first <= at <= end]
+    plateau = int(statistics.median(sizes or [last]))
     return Soak(
         grains=grains,
         seconds=round(spent, 1),
