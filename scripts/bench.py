@@ -1,226 +1,227 @@
-"""Measures the ways of a message, each as a ratio to raw pykka in the same run.
-
-The two sides of a pair alternate within one process, so that a noisy machine
-disturbs both alike; the ratio of their medians is what to compare. Pairs are
-measured twice: on one processor, and as the kernel places the threads, where a
-thread that wakes another on another processor may cost several times as much.
-"""
+"""Measures this project beside its limits and peers: see `scripts/benchmarks`."""
 
 import argparse
 import json
 import os
-import statistics
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
 
-import pykka
 from rich.console import Console
-from rich.table import Table
 
-from actors import Cluster, Grain, PlacementNode
-from actors.requests import read_requests
-from actors.run import Delivery, calm_collector, kinds_for
-from actors.simulation import SimulatedCluster
-from actors.witness import ActivationWitness
+from scripts.benchmarks.catalogue import BENCHMARKS, Benchmark
+from scripts.benchmarks.curves import CURVES, Point
+from scripts.benchmarks.measure import FULL, QUICK, Effort
+from scripts.benchmarks.plot import svg_of
+from scripts.benchmarks.report import (
+    FLOORS,
+    Row,
+    below_floor,
+    json_of,
+    print_table,
+    read_floors,
+    row_of,
+    write_floors,
+)
+from scripts.benchmarks.soak import soak
 
-ROUNDS = 7
-ASKS = 2_000
-TELLS = 20_000
-
-
-class RawEcho(pykka.ThreadingActor):
-    """What pykka alone does."""
-
-    def on_receive(self, message: Any) -> Any:
-        """Answer with the message; set the event that ends a round of tells."""
-        if isinstance(message, threading.Event):
-            message.set()
-            return None
-        return message
+_SOAK_MAX = 10_000.0
 
 
-class Echo(Grain):
-    """The same, placed."""
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    add = parser.add_argument
+    add(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="one JSON object, into FILE, or on standard output and nothing else there",
+    )
+    add(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only those whose name begins so; may be repeated",
+    )
+    add("--quick", action="store_true", help="fewer and shorter rounds")
+    add("--list", action="store_true", help="the names, and nothing is measured")
+    add(
+        "--check",
+        action="store_true",
+        help="exit code 1 where a ratio is below its floor",
+    )
+    add(
+        "--plot",
+        metavar="FILE",
+        help="measure scaling too, and draw it as SVG into FILE",
+    )
+    add(
+        "--soak",
+        type=float,
+        metavar="MINUTES",
+        help="instead: churn for so long; memory and latency at its end",
+    )
+    add(
+        "--grains",
+        type=int,
+        default=1_000_000,
+        metavar="N",
+        help="how many Grains a soak has (1,000,000)",
+    )
+    add("--write-floors", action="store_true", help="set the floors from this run")
+    return parser
 
-    done = threading.Event()
 
-    def on_receive(self, message: Any) -> Any:
-        """Answer with the message; set the event that ends a round of tells."""
-        if message == "done":
-            self.done.set()
-            return None
-        return message
+def chosen(
+    benchmarks: Sequence[Benchmark], only: Sequence[str]
+) -> tuple[Benchmark, ...]:
+    """Those whose names begin as one of `only`, all where that is empty.
+
+    Raises:
+        ValueError: nothing begins so.
+    """
+    for prefix in only:
+        if not any(each.name.startswith(prefix) for each in benchmarks):
+            raise ValueError(f"no benchmark is named {prefix}...; see --list")
+    return tuple(
+        each
+        for each in benchmarks
+        if not only or any(each.name.startswith(prefix) for prefix in only)
+    )
 
 
 @contextmanager
-def one_processor() -> Iterator[None]:
-    """Keep this process to one processor, where that can be asked for."""
-    if not hasattr(os, "sched_setaffinity"):
-        yield
+def _progress(text: str) -> Iterator[Callable[[str], None]]:
+    """Say `text` on a terminal while the body runs, and what else it says."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
         return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
+    with console.status(text) as status:
+        yield lambda more: status.update(f"{text}: {more}")
+
+
+def measure(
+    benchmarks: Sequence[Benchmark],
+    effort: Effort,
+    floors: dict[str, float],
+    *,
+    tries: int = 1,
+) -> list[Row]:
+    """Each in turn; one that is below its floor so many times."""
+    rows = []
+    for number, benchmark in enumerate(benchmarks, start=1):
+        with _progress(f"{benchmark.name} ({number} of {len(benchmarks)})"):
+            row = _measured(benchmark, effort, floors)
+            for _ in range(tries - 1):
+                if below_floor(row) is None:
+                    break
+                row = _measured(benchmark, effort, floors)
+        rows.append(row)
+    return rows
+
+
+def _measured(benchmark: Benchmark, effort: Effort, floors: dict[str, float]) -> Row:
     try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
+        return row_of(benchmark, benchmark.measure(effort), floors)
+    except Exception as error:
+        error.add_note(f"while {benchmark.name} was measured")
+        raise
 
 
-def timed(work: Callable[[], None]) -> float:
-    """Seconds that `work` takes."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+def soaked(minutes: float, grains: int, json_to: str | None) -> int:
+    """Soak, and print what that gave; the exit code."""
+    with _progress("soak") as say:
+        found = soak(seconds=minutes * 60, grains=grains, say=say)
+    if json_to is not None:
+        _put(json.dumps(found.as_dict(), indent=1), json_to)
+    if json_to != "-":
+        for name, value in asdict(found).items():
+            print(f"{name:16} {value:,}")
+    for each in found.broken():
+        print(each, file=sys.stderr)
+    return 1 if found.broken() else 0
 
 
-def pair(
-    name: str, count: int, ours: Callable[[], None], raw: Callable[[], None]
-) -> dict[str, Any]:
-    """Both sides, alternating, and the ratio of their rates."""
-    ours()
-    raw()
-    our_times, raw_times = [], []
-    for _ in range(ROUNDS):
-        our_times.append(timed(ours))
-        raw_times.append(timed(raw))
-    our, pykka_s = statistics.median(our_times), statistics.median(raw_times)
-    return {
-        "name": name,
-        "per_s": round(count / our),
-        "pykka_per_s": round(count / pykka_s),
-        "ratio": round(pykka_s / our, 2),
-    }
+def _put(text: str, where: str) -> None:
+    """Write into the file, or on standard output."""
+    if where == "-":
+        print(text)
+    else:
+        Path(where).write_text(text + "\n", encoding="utf-8")
 
 
-def messages(where: str) -> list[dict[str, Any]]:
-    """Ask and tell on the same node; `where` says how threads are placed."""
-    with PlacementNode("bench", kinds={"echo": Echo}) as node:
-        node.start_member()
-        ref, actor = node.ref("echo/1"), RawEcho.start()
-        message = {"n": 1}
-
-        def ask_ours() -> None:
-            for _ in range(ASKS):
-                ref.ask(message)
-
-        def ask_raw() -> None:
-            for _ in range(ASKS):
-                actor.ask(message)
-
-        def tell_ours() -> None:
-            Echo.done.clear()
-            for _ in range(TELLS):
-                ref.tell(message)
-            ref.tell("done")
-            Echo.done.wait()
-
-        def tell_raw() -> None:
-            done = threading.Event()
-            for _ in range(TELLS):
-                actor.tell(message)
-            actor.tell(done)
-            done.wait()
-
-        try:
-            return [
-                pair(f"ask, local, {where}", ASKS, ask_ours, ask_raw),
-                pair(f"tell, local, {where}", TELLS, tell_ours, tell_raw),
-            ]
-        finally:
-            actor.stop()
+def draw(path: Path, effort: Effort) -> list[Point]:
+    """Measure how costs grow, and draw that."""
+    points = []
+    for number, curve in enumerate(CURVES, start=1):
+        with _progress(f"{curve.__name__} ({number} of {len(CURVES)})"):
+            points += list(curve(effort))
+    path.write_text(svg_of(points), encoding="utf-8")
+    return points
 
 
-def sample() -> dict[str, Any]:
-    """The sample on three nodes over SQLite, as `placement run` delivers it."""
-    requests = read_requests(None)
-    calm_collector()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Cluster.embedded(
-            nodes=3,
-            kinds=kinds_for(requests, {}, is_durable=False),
-            store=f"sqlite:///{folder}/bench.db",
-            witness=ActivationWitness(),
-        ) as cluster,
-    ):
-        delivery = Delivery(cluster, requests, repeatable=lambda _: True)
-        outcome = delivery.run([])
-    assert outcome.failed == 0
-    return {
-        "name": "run, sample",
-        "per_s": round(outcome.answered / outcome.seconds),
-        "pykka_per_s": None,
-        "ratio": None,
-    }
-
-
-def simulation() -> dict[str, Any]:
-    """Messages that a simulated cluster delivers: frames, and those handled."""
-    handled = 0
-
-    class Counted(Grain):
-        def on_receive(self, message: Any) -> Any:
-            nonlocal handled
-            handled += 1
-            return message
-
-    cluster = SimulatedCluster.start(seed=1, nodes=3, kinds={"echo": Counted})
-    refs = [cluster.ref(f"echo/{number}") for number in range(200)]
-
-    def burst() -> None:
-        futures = [ref.ask({"n": 1}, block=False) for ref in refs for _ in range(5)]
-        last = futures[-1]
-        while not all(future.is_done for future in futures):
-            cluster.run_until(lambda: last.is_done, timeout=1.0)
-            cluster.advance(0.001)
-
-    def bursts() -> None:
-        for _ in range(5):
-            burst()
-
-    rates = []
-    burst()
-    for _ in range(ROUNDS):
-        before = handled + cluster.shared.network.frame_count
-        seconds = timed(bursts)
-        messages = handled + cluster.shared.network.frame_count - before
-        assert messages >= 15 * len(refs) * 5
-        rates.append(messages / seconds)
-    cluster.stop()
-    return {
-        "name": "simulation, messages",
-        "per_s": round(statistics.median(rates)),
-        "pykka_per_s": None,
-        "ratio": None,
-    }
-
-
-def main() -> None:
-    """Measure, and print a table or JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    options = parser.parse_args()
-    with one_processor():
-        rows = [*messages("one processor"), simulation()]
-    rows += [*messages("as placed"), sample()]
-    if options.json:
-        print(json.dumps({"rows": rows}))
-        return
-    table = Table("what", "per second", "raw pykka per second", "ratio")
-    for row in rows:
-        raw, ratio = row["pykka_per_s"], row["ratio"]
-        table.add_row(
-            row["name"],
-            f"{row['per_s']:,}",
-            "" if raw is None else f"{raw:,}",
-            "" if ratio is None else f"{ratio:.2f}",
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    benchmarks: Sequence[Benchmark] = BENCHMARKS,
+    effort: Effort | None = None,
+    floors_at: Path = FLOORS,
+) -> int:
+    """Measure, and print; the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        wanted = chosen(benchmarks, options.only)
+    except ValueError as error:
+        parser.error(str(error))
+    for path in (options.json, options.plot):
+        # Before anything is measured: it would be lost.
+        if path not in {None, "-"} and not Path(path).absolute().parent.is_dir():
+            parser.error(f"there is no folder for {path}")
+    if options.soak is not None:
+        if not 0 < options.soak < _SOAK_MAX or options.grains < 1:
+            parser.error("a soak takes minutes above 0, and a Grain at least")
+        return soaked(options.soak, options.grains, options.json)
+    if options.list:
+        for each in wanted:
+            print(f"{each.name:32} against {each.against}")
+        return 0
+    effort = effort or (QUICK if options.quick else FULL)
+    for each in wanted:
+        if each.needs > effort.size:
+            print(f"{each.name}: left out, it needs more", file=sys.stderr)
+    wanted = tuple(each for each in wanted if each.needs <= effort.size)
+    # A neighbour that disturbs one side only must be there twice.
+    tries = 2 if options.check else 1
+    rows = measure(wanted, effort, read_floors(floors_at), tries=tries)
+    if options.json != "-":
+        print_table(rows)
+    if options.write_floors:
+        without = {each.name for each in wanted if not each.has_floor}
+        write_floors(rows, without, floors_at)
+    points = [] if options.plot is None else draw(Path(options.plot), effort)
+    if options.json is not None:
+        text = json_of(
+            rows,
+            quick=options.quick,
+            processors=os.cpu_count(),
+            python=platform.python_version(),
+            curves=[asdict(point) for point in points],
         )
-    Console().print(table)
+        _put(text, options.json)
+    failures = [said for row in rows if (said := below_floor(row)) is not None]
+    if not options.check:
+        return 0
+    for said in failures:
+        print(said, file=sys.stderr)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
