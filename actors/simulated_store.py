@@ -82,6 +82,7 @@ class RecordingStore(MemoryStore):
     def _give_up(self, request: GiveUp, now_ms: int) -> GivenUp | Stale:
         row = self._row(request.identity)
         owner, version = row.owner, row.version
+        brought = -1 if request.snapshot is None else request.version
         outcome = super()._give_up(request, now_ms)
         self._record_save(request.identity, request.fencing_token, version)
         if owner is not None and self._row(request.identity).owner is None:
@@ -91,6 +92,7 @@ class RecordingStore(MemoryStore):
                     str(request.identity),
                     str(owner),
                     request.fencing_token,
+                    brought,
                 )
             )
         return outcome
