@@ -301,7 +301,13 @@ class Trial:
                     store.faults.remove(cut)
 
                 self._until(episode, mend)
-            case "store-fail" | "store-lost" | "store-slow" | "store-down":
+            case (
+                "store-fail"
+                | "store-lost"
+                | "store-slow"
+                | "store-down"
+                | "store-stale"
+            ):
                 trouble = StoreTrouble(episode, self.seed, self.counts)
                 store.faults.append(trouble)
                 self._until(episode, lambda: store.faults.remove(trouble))
