@@ -228,6 +228,17 @@ def test_another_is_closed_only_when_it_stood_still_for_its_whole_time() -> None
     assert ReadSessions() in effects
 
 
+def test_the_others_time_counts_from_when_a_renewals_answer_was_had() -> None:
+    made, _ = joined()
+    assert only(made.tick(1 * S), RenewSession).count == 2
+
+    made.renewed(FIRST, 2, view(FIRST, A, epoch=2, counts={A: 1}), 3 * S)
+    guard_keeps(made, 3 * S)
+
+    assert none_of(made.tick(3 * S + TTL - 1), CloseSession)
+    assert only(made.tick(3 * S + TTL), CloseSession) == CloseSession(A, 1)
+
+
 def guard_keeps(made: OwnSession, now: int) -> None:
     """Renew until `now` and beyond, so that only the other one stands still."""
     assert made._guard is not None
