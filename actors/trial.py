@@ -104,11 +104,11 @@ class Trial:
             ttl=TTL_S, partitions=PARTITIONS, ask_timeout=_ASK_S, cache_ttl=20.0
         )
         # Elsewhere than at the partition's owner, so that starts cross the wire.
-        self._is_spread = seed % _SPREAD_EVERY == 0
+        self.is_spread = seed % _SPREAD_EVERY == 0
         self.kinds: dict[str, Kind] = kinds_on(
             self,
             idle_after=IDLE_S,
-            strategy=spread if self._is_spread else None,
+            strategy=spread if self.is_spread else None,
         )
         self.episodes = (
             plan(
@@ -122,7 +122,7 @@ class Trial:
         )
         self._tap = tap
         shared.network.tap = self._see
-        if self._is_spread:
+        if self.is_spread:
             shared.network.sent = self._see_sent
         self._seeking: dict[tuple[str, int], list[int]] = {}
         self._busiest = Sought(0, "", "", 0)
@@ -229,7 +229,7 @@ class Trial:
 
     def _kinds_of(self, process: Process) -> dict[str, Kind]:
         """What a member knows: of a run that is spread, some know less."""
-        if not self._is_spread or process.number % 4:
+        if not self.is_spread or process.number % 4:
             return self.kinds
         return {name: kind for name, kind in self.kinds.items() if name != "log"}
 

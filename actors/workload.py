@@ -38,6 +38,7 @@ class Stage(Protocol):
     world: World
     records: list[Record]
     counts: Counter[str]
+    is_spread: bool
 
     def inside(self, context: Any) -> None:
         """User code has just been entered: the process may be made to stand still."""
@@ -187,9 +188,11 @@ class LogGrain(_Recorded):
         self._enter("handle", request, message[0])
         self.state.requests.append(request)
 
-    def on_passivate(self) -> bytes:
-        """End, or fail to; what was told since the start is kept."""
+    def on_passivate(self) -> bytes | None:
+        """End, or fail to; in a run that is spread what was told is kept."""
         super().on_passivate()
+        if not self.stage.is_spread:
+            return None
         return encode_state(self.state, self.schema_version)
 
 
