@@ -29,6 +29,9 @@ FAULTS = (
     "grain",
 )
 
+#: What no store here does, but one that reads from a replica may: asked for by name.
+STALE = "store-stale"
+
 #: Clocks within the assumed bound run at most this much faster or slower.
 DRIFT_PPM = 50_000
 #: Beyond it: a margin of a fifth covers a ninth either way, and no more.
@@ -38,6 +41,7 @@ _STORE = {
     "store-fail": ("fail",),
     "store-lost": ("lost", "late"),
     "store-slow": ("slow",),
+    STALE: ("stale",),
 }
 
 
@@ -57,10 +61,10 @@ def parse_faults(text: str) -> tuple[str, ...]:
         return FAULTS
     names = tuple(part.strip() for part in text.split(","))
     for name in names:
-        if name not in (*FAULTS, "drift-beyond"):
+        if name not in (*FAULTS, "drift-beyond", STALE):
             raise BadFaults(
                 f"unknown fault {name!r}; known are none, all, "
-                f"{', '.join(FAULTS)}, drift-beyond"
+                f"{', '.join(FAULTS)}, drift-beyond, {STALE}"
             )
     return tuple(dict.fromkeys(names))
 
@@ -91,11 +95,11 @@ def plan(
 ) -> tuple[Episode, ...]:
     """The episodes of a run: of each kind one to three."""
     found: list[Episode] = []
-    for kind in FAULTS:
+    for place, kind in enumerate((*FAULTS, STALE)):
         if kind not in kinds or kind == "drift":
             continue
         draw = Random(f"{seed}/plan {kind}")  # noqa: S311
-        first = FAULTS.index(kind) * 10
+        first = place * 10
         found += (
             _episode(draw, first + index, kind, duration_s, ttl_s)
             for index in range(1 + int(draw.random() * 3))
@@ -214,5 +218,7 @@ class StoreTrouble:
                 return Trouble("fail")
             case "store-slow":
                 return Trouble("slow", int(self._draw() * 600_000_000))
+            case "store-stale":
+                return Trouble("stale", int(self._draw() * 1e9))
             case _:
                 return Trouble(self._how, int(self._draw() ** 2 * 3e9))

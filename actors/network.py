@@ -56,6 +56,8 @@ class Network:
         self.dropped_count = 0
         #: Called with each frame that arrives: sender, receiver, bytes.
         self.tap: Callable[[str, str, bytes], None] | None = None
+        #: Called with the bytes of each frame that is sent, whatever becomes of it.
+        self.sent: Callable[[bytes], None] | None = None
         self._digest = xxhash.xxh3_128()
         self._ends: dict[Address, _End] = {}
         self._last_ns: dict[tuple[int, int], int] = {}
@@ -87,6 +89,8 @@ class Network:
 
     def send(self, sender: "Wire", address: Address, data: bytes) -> bool:
         """Put a frame on its way."""
+        if self.sent is not None:
+            self.sent(data)
         end = self._ends.get(address)
         if end is None:
             return False

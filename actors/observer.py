@@ -4,6 +4,7 @@ It shares no code with what it judges: the records of `actors.trace` are all tha
 it knows. Every rule has a name and says, as sentences, what broke it.
 """
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from typing import Final, NamedTuple, TypeAlias, assert_never
 from actors.linearizability import Add, Operation, Read, UnknownAdd, misfit_of
 from actors.trace import (
     Asked,
+    Chosen,
+    Emptying,
     Ended,
     Entered,
     EntryClaimed,
@@ -20,6 +23,7 @@ from actors.trace import (
     EntrySaved,
     FinalState,
     Healed,
+    Leaving,
     LeftBehind,
     MembersChanged,
     ProcessEnded,
@@ -44,6 +48,7 @@ class Bounds:
 
     liveness_ns: int = 15 * _NS  # three times to live of five seconds
     grace_ns: int = 5 * _NS // 2
+    idle_ns: int = 0  # how long nothing is idle; 0 where kinds differ in that
     frames_per_request: float = 20.0
     store_operations_per_request: float = 8.0
     seeks_per_second: int = 30
@@ -83,7 +88,8 @@ class _Found(NamedTuple):
     what: str
 
 
-_OfEntry: TypeAlias = Entered | EntryClaimed | EntrySaved | EntryGivenUp
+_OfEntry: TypeAlias = Entered | EntryClaimed | EntrySaved | EntryGivenUp | Leaving
+_OfTopology: TypeAlias = MembersChanged | TopologyTaken | Chosen
 _OfSession: TypeAlias = Entered | EntryClaimed | SessionChanged
 
 
@@ -99,7 +105,8 @@ class _Run:
     entered: dict[str, list[Entered]] = field(default_factory=dict)
     entries: dict[str, list[_OfEntry]] = field(default_factory=dict)
     sessions: list[_OfSession] = field(default_factory=list)
-    topologies: list[MembersChanged | TopologyTaken] = field(default_factory=list)
+    topologies: list[_OfTopology] = field(default_factory=list)
+    emptied: dict[str, Emptying] = field(default_factory=dict)
     gone: dict[str, ProcessEnded] = field(default_factory=dict)
     recovery: list[Healed | Reached] = field(default_factory=list)
     finals: list[FinalState] = field(default_factory=list)
@@ -143,7 +150,7 @@ def _sorted_out(records: Sequence[Record], bounds: Bounds) -> _Run:
             case Ended():
                 assert record.outcome in _OUTCOMES, record
                 run.endings.setdefault(record.request, []).append(record)
-            case EntrySaved() | EntryGivenUp():
+            case EntrySaved() | EntryGivenUp() | Leaving():
                 run.entries.setdefault(record.identity, []).append(record)
             case SessionChanged():
                 assert record.state in _STATES, record
@@ -159,8 +166,10 @@ def _sorted_out(records: Sequence[Record], bounds: Bounds) -> _Run:
             case EntryClaimed():
                 run.entries.setdefault(record.identity, []).append(record)
                 run.sessions.append(record)
-            case MembersChanged() | TopologyTaken():
+            case MembersChanged() | TopologyTaken() | Chosen():
                 run.topologies.append(record)
+            case Emptying():
+                run.emptied.setdefault(record.address, record)
             case ProcessEnded():
                 run.gone[record.address] = record
             case Healed() | Reached():
@@ -283,7 +292,10 @@ def _token_grows(run: _Run) -> Iterator[_Found]:
 
 
 def _stale_write(run: _Run) -> Iterator[_Found]:
-    """Only the latest claim writes, until it gives up, and each version is greater."""
+    """Only the latest claim writes, until it gives up, and each version is greater.
+
+    A snapshot that comes with the giving up is stored by it.
+    """
     for identity, story in run.entries.items():
         latest: EntryClaimed | None = None
         is_owned = False
@@ -293,7 +305,7 @@ def _stale_write(run: _Run) -> Iterator[_Found]:
             match record:
                 case EntryClaimed():
                     latest, is_owned = record, True
-                case EntryGivenUp(session=session, token=token):
+                case EntryGivenUp(session=session, token=token, brought=brought):
                     if latest is None or (session, token) != (
                         latest.session,
                         latest.token,
@@ -301,6 +313,8 @@ def _stale_write(run: _Run) -> Iterator[_Found]:
                         wrong = f"token {token} of session {session} was given up"
                     else:
                         is_owned = False
+                        if brought >= 0 and brought != version_max:
+                            wrong = f"version {brought} was brought and not saved"
                 case EntrySaved(token=token, version=version):
                     if latest is None or token != latest.token:
                         wrong = f"version {version} was saved under token {token}"
@@ -468,6 +482,52 @@ def _unrefused_effect(run: _Run) -> Iterator[_Found]:
             yield _Found(handled.identity, max(ended.at_ns, handled.at_ns), what)
 
 
+def _idle(run: _Run) -> Iterator[_Found]:
+    """What is in use is not ended, but where it asks for that or its node empties.
+
+    The last turn does not count: it may have come when the end was under way. Nor
+    does a use after which its process stood still until then.
+    """
+    idle_ns = run.bounds.idle_ns
+    lag_ns = idle_ns // 50
+    entered_at: dict[str, list[int]] = {}
+    for entered in run.sessions:
+        if isinstance(entered, Entered):
+            entered_at.setdefault(entered.address, []).append(entered.at_ns)
+    for identity, story in run.entries.items() if idle_ns else ():
+        latest: dict[int, int] = {}
+        before: dict[int, int] = {}
+        leaving: set[int] = set()
+        for record in story:
+            match record:
+                case EntryClaimed(token=token, at_ns=at_ns):
+                    latest[token] = at_ns
+                case Leaving(token=token):
+                    leaving.add(token)
+                case Entered(purpose="handle", token=token, at_ns=at_ns):
+                    before[token] = latest.get(token, at_ns)
+                    latest[token] = at_ns
+                case Entered(purpose="resume", token=token, at_ns=at_ns):
+                    latest[token] = at_ns
+                case Entered(purpose="passivate", token=token, at_ns=at_ns):
+                    emptied = run.emptied.get(record.address)
+                    since_ns = before.get(token, latest.get(token, 0))
+                    if (
+                        token in leaving
+                        or (emptied is not None and emptied.at_ns <= at_ns)
+                        or at_ns - since_ns >= idle_ns
+                    ):
+                        continue
+                    times = entered_at[record.address]
+                    place = bisect_left(times, since_ns + lag_ns)
+                    if place < len(times) and times[place] <= at_ns - lag_ns:
+                        what = (
+                            f"{_activation(record)} was ended, though it had been in"
+                            f" use at {since_ns} ns and again after that"
+                        )
+                        yield _Found(identity, at_ns, what)
+
+
 # --- what is left when the faults are over ---
 
 
@@ -540,6 +600,8 @@ def _topology(run: _Run) -> Iterator[_Found]:
     sessions_of: dict[int, frozenset[str]] = {}
     first_of: dict[int, TopologyTaken] = {}
     for record in run.topologies:
+        if isinstance(record, Chosen):
+            continue
         epoch = record.epoch
         wrong = []
         match record:
@@ -599,6 +661,43 @@ def _moves_least(run: _Run) -> Iterator[_Found]:
             yield _Found("", after.at_ns, what)
 
 
+def _chosen(run: _Run) -> Iterator[_Found]:
+    """A host is chosen by the topology that is named, and by that the same one.
+
+    What is sent again is no choice of its own: its host need only be a member still.
+    """
+    sessions_of: dict[int, frozenset[str]] = {}
+    draining_of: dict[int, frozenset[str]] = {}
+    choices: list[Chosen] = []
+    for record in run.topologies:
+        if isinstance(record, Chosen):
+            choices.append(record)
+            continue
+        sessions_of.setdefault(record.epoch, frozenset(record.sessions))
+        if isinstance(record, TopologyTaken):
+            draining_of.setdefault(record.epoch, frozenset(record.draining))
+    before: set[tuple[str, int, str]] = set()
+    first_of: dict[tuple[str, int], Chosen] = {}
+    for chosen in choices:
+        epoch, host = chosen.epoch, chosen.host
+        is_again = (chosen.chooser, chosen.procedure, host) in before
+        before.add((chosen.chooser, chosen.procedure, host))
+        by = f"by {chosen.chooser}, for which it is no"
+        if host not in sessions_of.get(epoch, ()):
+            wrong = f"{by} member"
+        elif is_again:
+            continue
+        elif host in draining_of.get(epoch, ()):
+            wrong = f"{by} member that may host"
+        else:
+            first = first_of.setdefault((chosen.identity, epoch), chosen)
+            if first.host == host:
+                continue
+            wrong = f"by {chosen.chooser}, and {first.host} by {first.chooser}"
+        what = f"{host} was chosen in epoch {epoch} {wrong}"
+        yield _Found(chosen.identity, chosen.at_ns, what)
+
+
 def _activation(entered: Entered) -> str:
     return f"token {entered.token} of session {entered.session} at {entered.address}"
 
@@ -620,10 +719,12 @@ _CHECKS: Final[dict[str, Callable[[_Run], Iterator[_Found]]]] = {
     "saves-kept": _saves_kept,
     "linearizable": _linearizable,
     "ends": _ends,
+    "idle": _idle,
     "reachable": _reachable,
     "left-behind": _left_behind,
     "topology": _topology,
     "moves-least": _moves_least,
+    "chosen": _chosen,
     "bounded-work": _bounded_work,
 }
 

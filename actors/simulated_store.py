@@ -40,6 +40,7 @@ from placement.topology import Member, SessionId, Topology
 
 _LEAST_NS = 200_000
 _SPREAD_NS = 600_000
+_STALE_MAX_NS = 1_000_000_000
 
 
 class RecordingStore(MemoryStore):
@@ -82,6 +83,7 @@ class RecordingStore(MemoryStore):
     def _give_up(self, request: GiveUp, now_ms: int) -> GivenUp | Stale:
         row = self._row(request.identity)
         owner, version = row.owner, row.version
+        brought = -1 if request.snapshot is None else request.version
         outcome = super()._give_up(request, now_ms)
         self._record_save(request.identity, request.fencing_token, version)
         if owner is not None and self._row(request.identity).owner is None:
@@ -91,6 +93,7 @@ class RecordingStore(MemoryStore):
                     str(request.identity),
                     str(owner),
                     request.fencing_token,
+                    brought,
                 )
             )
         return outcome
@@ -132,7 +135,8 @@ class Trouble:
 
     `what` is `fail` (nothing was written), `lost` (written, the answer is lost),
     `late` (the answer is lost, written after `delay_ns`), `slow` (the answer
-    comes after `delay_ns`) or `away` (nothing arrives; known after `delay_ns`).
+    comes after `delay_ns`), `away` (nothing arrives; known after `delay_ns`) or
+    `stale` (written, and the sessions are told as they were read `delay_ns` ago).
     """
 
     what: str
@@ -153,6 +157,8 @@ class StoreCounter:
         self.faults: list[StoreFault] = []
         self.operation_count = 0
         self.session_count = 0
+        #: The readings of the sessions, by whomever, and when, the oldest first.
+        self.views: list[tuple[int, SessionView]] = []
         #: Called once when a call by that node to `entries` or `sessions` has been
         #: made, and its answer is under way.
         self.after_call: dict[tuple[str, str], Callable[[], None]] = {}
@@ -169,6 +175,7 @@ class SimulatedStore:
         self._node = node
         self._shared = shared
         self._late: list[Callable[[], Any]] | None = None
+        self._age_ns = 0
 
     @property
     def url(self) -> str:
@@ -206,6 +213,10 @@ class SimulatedStore:
             world.spend(_LEAST_NS + int(world.jitter() * _SPREAD_NS))
             return
         match trouble.what:
+            case "stale":
+                self._age_ns = trouble.delay_ns
+                yield
+                world.spend(_LEAST_NS)
             case "fail":
                 world.spend(_LEAST_NS)
                 raise StoreFailure("simulated: refused", may_have_happened=False)
@@ -286,12 +297,23 @@ class SimulatedStore:
         view: SessionView | None = self._sessions(
             self._contents.renew_session, session, count
         )
-        return view
+        return None if view is None else self._aged(view)
 
     def read_sessions(self) -> SessionView:
         """As the contents do."""
         view: SessionView = self._sessions(self._contents.read_sessions)
-        return view
+        return self._aged(view)
+
+    def _aged(self, view: SessionView) -> SessionView:
+        """The reading, or an older one where the store is stale."""
+        views, now_ns = self._shared.views, self._world.now_ns
+        while views and views[0][0] < now_ns - _STALE_MAX_NS:
+            del views[0]
+        views.append((now_ns, view))
+        age_ns, self._age_ns = self._age_ns, 0
+        if not age_ns:
+            return view
+        return next(each for at_ns, each in views if at_ns >= now_ns - age_ns)
 
     def close_session(self, session: SessionId, count: int, /) -> bool:
         """As the contents do."""

@@ -89,12 +89,47 @@ class EntrySaved(NamedTuple):
 
 
 class EntryGivenUp(NamedTuple):
-    """The store has cleared the owner that claimed `token`."""
+    """The store has cleared the owner that claimed `token`.
+
+    `brought` is the version of the snapshot that came with it, to be stored; -1
+    where none did.
+    """
 
     at_ns: int
     identity: str
     session: str
     token: int
+    brought: int = -1
+
+
+class Leaving(NamedTuple):
+    """User code of `token` has asked for the end of its own activation."""
+
+    at_ns: int
+    identity: str
+    token: int
+
+
+class Emptying(NamedTuple):
+    """The incarnation `address` was told to drain or to stop: all there is to end."""
+
+    at_ns: int
+    address: str
+
+
+class Chosen(NamedTuple):
+    """`chooser` has `host` start `identity`, by the topology of `epoch`.
+
+    `procedure` is the chooser's number for what it is doing: one that is sent again
+    bears the same.
+    """
+
+    at_ns: int
+    chooser: str
+    procedure: int
+    identity: str
+    host: str
+    epoch: int
 
 
 class SessionChanged(NamedTuple):
@@ -203,6 +238,9 @@ Record: TypeAlias = (
     | EntryClaimed
     | EntrySaved
     | EntryGivenUp
+    | Leaving
+    | Emptying
+    | Chosen
     | SessionChanged
     | MembersChanged
     | TopologyTaken

@@ -27,6 +27,8 @@ from actors.observer import Bounds, Violation, observe
 from actors.simulation import PARTITIONS, Process, Shared
 from actors.trace import (
     Asked,
+    Chosen,
+    Emptying,
     Ended,
     Entered,
     FinalState,
@@ -38,9 +40,10 @@ from actors.trace import (
     Told,
     WorkDone,
 )
-from actors.workload import Order, kinds_on, outcome_of
+from actors.workload import Order, kinds_on, outcome_of, spread
 
 TTL_S = 2.0
+IDLE_S = 4 * TTL_S
 REQUESTS_PER_S = 100.0
 _WEIGH_S = 0.5
 _STATE_HEADER = 3
@@ -101,7 +104,13 @@ class Trial:
         self.settings = Settings(
             ttl=TTL_S, partitions=PARTITIONS, ask_timeout=_ASK_S, cache_ttl=20.0
         )
-        self.kinds: dict[str, Kind] = kinds_on(self, idle_after=4 * TTL_S)
+        # Elsewhere than at the partition's owner, so that starts cross the wire.
+        self.is_spread = seed % _SPREAD_EVERY == 0
+        self.kinds: dict[str, Kind] = kinds_on(
+            self,
+            idle_after=IDLE_S,
+            strategy=spread if self.is_spread else None,
+        )
         self.episodes = (
             plan(
                 seed,
@@ -114,6 +123,8 @@ class Trial:
         )
         self._tap = tap
         shared.network.tap = self._see
+        if self.is_spread:
+            shared.network.sent = self._see_sent
         self._seeking: dict[tuple[str, int], list[int]] = {}
         self._busiest = Sought(0, "", "", 0)
         self.processes: dict[str, Process] = {}
@@ -148,6 +159,17 @@ class Trial:
             counted[1:] = counted[1] + 1, number
         if counted[1] > self._busiest.times:
             self._busiest = Sought(now_ns, asker, body[2], counted[1])
+
+    def _see_sent(self, data: bytes) -> None:
+        """Write down where starts are sent; only frames to others are seen."""
+        body = msgpack.unpackb(data, strict_map_key=False)[5]
+        if body[0] == _START:
+            _, identity, procedure, chooser, host, _, epoch, *_ = body
+            self.records.append(
+                Chosen(
+                    self.world.moment_ns(), chooser, procedure, identity, host, epoch
+                )
+            )
 
     # --- as a stage of the Grains ---
 
@@ -196,7 +218,7 @@ class Trial:
         process = self.variant.process_type(self.shared, name, rate_ppm=rate_ppm)
         node = self.variant.node_type(
             name,
-            kinds={} if is_client else self.kinds,
+            kinds={} if is_client else self._kinds_of(process),
             engine=process,
             settings=self.settings,
         )
@@ -206,6 +228,12 @@ class Trial:
             node.begin_client()
         else:
             node.begin_member()
+
+    def _kinds_of(self, process: Process) -> dict[str, Kind]:
+        """What a member knows: of a run that is spread, some know less."""
+        if not self.is_spread or process.number % 4:
+            return self.kinds
+        return {name: kind for name, kind in self.kinds.items() if name != "log"}
 
     def crash_node(self, name: str) -> None:
         """End a process at once."""
@@ -218,8 +246,12 @@ class Trial:
         node = self.nodes[name]
         if node.state == "stopping":
             return
+        self._empties(node)
         node.begin_stop()
         self._await_leaving(name, node, self.world.now_ns + round(5 * TTL_S * 1e9))
+
+    def _empties(self, node: PlacementNode) -> None:
+        self.records.append(Emptying(self.world.moment_ns(), str(node.address)))
 
     def _await_leaving(self, name: str, node: PlacementNode, until_ns: int) -> None:
         process = self.processes[name]
@@ -271,7 +303,13 @@ class Trial:
                     store.faults.remove(cut)
 
                 self._until(episode, mend)
-            case "store-fail" | "store-lost" | "store-slow" | "store-down":
+            case (
+                "store-fail"
+                | "store-lost"
+                | "store-slow"
+                | "store-down"
+                | "store-stale"
+            ):
                 trouble = StoreTrouble(episode, self.seed, self.counts)
                 store.faults.append(trouble)
                 self._until(episode, lambda: store.faults.remove(trouble))
@@ -337,6 +375,7 @@ class Trial:
                 self.leave_node(picked[0])
                 self.world.after(episode.for_s, self._join)
             case "drain" if len(self.member_names()) > 1:
+                self._empties(self.nodes[picked[0]])
                 self.nodes[picked[0]].drain()
                 self.world.after(episode.for_s, self._leave_if_there, picked[0])
                 self.world.after(episode.for_s, self._join)
@@ -436,6 +475,8 @@ class Trial:
         self._prove_reachable()
         world.run_until(world.now_ns + round((_ASK_S + 3) * 1e9))
         self._look_at_what_is_left()
+        self._note_work()
+        self._prove_stoppable()
         result = self._judge()
         self.close()
         return result
@@ -527,7 +568,28 @@ class Trial:
     def _left(self, where: str, what: str, identity: str) -> None:
         self.records.append(LeftBehind(self.world.now_ns, where, what, str(identity)))
 
-    def _judge(self) -> Result:
+    def _prove_stoppable(self) -> None:
+        """Stop all nodes in good order, while activations start everywhere."""
+        world = self.world
+        draw = world.stream("stops").random
+        for name in sorted(self.nodes):
+            node = self.nodes[name]
+            for number in range(self.scenario.identities):
+                node.seek(f"log/{number}", timeout=2 * TTL_S)
+            world.after(draw() * _STOPS_WITHIN_S, self._stop_now, node)
+        # Sooner than what nobody ends would end by being idle.
+        world.run_until(world.now_ns + round(2 * TTL_S * 1e9))
+        for name, node in sorted(self.nodes.items()):
+            if not node.has_left:
+                self._left(name, "it was told to stop, and", "")
+        for session in sorted(self.shared.store._contents.open_sessions):  # noqa: SLF001
+            self._left("store", f"after all have stopped open session {session}", "")
+
+    def _stop_now(self, node: PlacementNode) -> None:
+        self._empties(node)
+        node.begin_stop()
+
+    def _note_work(self) -> None:
         scenario, shared = self.scenario, self.shared
         probes = sum(isinstance(each, Reached) for each in self.records)
         self.records.append(
@@ -540,11 +602,17 @@ class Trial:
             )
         )
         self.records.append(self._busiest)
+
+    def _judge(self) -> Result:
+        shared = self.shared
         records = sorted(self.records, key=lambda each: each.at_ns)
         # Who stands still hears of an answer, and of its time, when it goes on.
         paused_s = sum(e.for_s for e in self.episodes if e.kind == "pause")
         bounds = Bounds(
-            liveness_ns=round(3 * TTL_S * 1e9), grace_ns=round((2.5 + paused_s) * 1e9)
+            liveness_ns=round(3 * TTL_S * 1e9),
+            grace_ns=round((2.5 + paused_s) * 1e9),
+            # Less than it is: the clock of whoever measures it may be fast.
+            idle_ns=round(0.7 * IDLE_S * 1e9),
         )
         violations = observe(records, bounds)
         violations += tuple(
@@ -577,7 +645,11 @@ class Trial:
 
 #: The tag of the frame that asks where an identity is.
 _RESOLVE = 1
+#: And of the one that has an activation started.
+_START = 5
 _MANY = 0.75
+_SPREAD_EVERY = 3
+_STOPS_WITHIN_S = 0.008
 _GRAIN_RATE = 0.08
 _GRAIN_TROUBLES = (
     "activate",

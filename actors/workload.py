@@ -13,10 +13,13 @@ import msgspec
 
 from actors.future import Future, running
 from actors.grain import Grain
-from actors.kind import Kind
-from actors.trace import Asked, Ended, Entered, Record
+from actors.kind import Kind, Strategy
+from actors.state import encode_state
+from actors.trace import Asked, Ended, Entered, Leaving, Record
 from actors.world import World
 from placement.errors import Deadlock, HandlerFailed, OutcomeUnknown, PlacementError
+from placement.identity import Identity
+from placement.topology import Member
 
 
 class Seen(msgspec.Struct):
@@ -35,6 +38,7 @@ class Stage(Protocol):
     world: World
     records: list[Record]
     counts: Counter[str]
+    is_spread: bool
 
     def inside(self, context: Any) -> None:
         """User code has just been entered: the process may be made to stand still."""
@@ -90,6 +94,16 @@ class _Recorded(Grain[Seen]):
     def _flush(self) -> None:
         self._enter("timer")
 
+    def _leave(self) -> None:
+        """End after this turn, by its own wish."""
+        stage, context = self.stage, self.context
+        stage.records.append(
+            Leaving(
+                stage.world.moment_ns(), str(context.identity), context.fencing_token
+            )
+        )
+        context.passivate()
+
 
 class CounterGrain(_Recorded):
     """Counts each request once, and stores it before it answers."""
@@ -115,7 +129,7 @@ class CounterGrain(_Recorded):
         if trouble == "late":
             self.stage.world.spend(150_000_000)
         if trouble == "leave":
-            self.context.passivate()
+            self._leave()
         return answer
 
     async def _perform(self, message: list[Any], request: str) -> Any:
@@ -128,7 +142,7 @@ class CounterGrain(_Recorded):
             case "read":
                 return len(self.state.requests)
             case "leave":
-                self.context.passivate()
+                self._leave()
             case "timer":
                 self.context.after(0.2, self._flush)
             case "pass on":
@@ -166,11 +180,20 @@ class CounterGrain(_Recorded):
 
 
 class LogGrain(_Recorded):
-    """Takes what is told; keeps nothing."""
+    """Takes what is told, and keeps it when it ends in good order."""
 
     def on_receive(self, message: Any) -> None:
         """Handle `[number]`."""
-        self._enter("handle", self.context.request_id, message[0])
+        request = self.context.request_id
+        self._enter("handle", request, message[0])
+        self.state.requests.append(request)
+
+    def on_passivate(self) -> bytes | None:
+        """End, or fail to; in a run that is spread what was told is kept."""
+        super().on_passivate()
+        if not self.stage.is_spread:
+            return None
+        return encode_state(self.state, self.schema_version)
 
 
 def outcome_of(error: BaseException) -> tuple[str, str]:
@@ -185,7 +208,16 @@ def outcome_of(error: BaseException) -> tuple[str, str]:
     return "unknown", reason
 
 
-def kinds_on(stage: Stage, *, idle_after: float) -> dict[str, Kind]:
+def spread(
+    identity: Identity, eligible: tuple[Member, ...], _: Member | None
+) -> Member:
+    """A host that mostly is another than the owner of the partition."""
+    return eligible[int(identity.name) % len(eligible)]
+
+
+def kinds_on(
+    stage: Stage, *, idle_after: float, strategy: Strategy | None = None
+) -> dict[str, Kind]:
     """The kinds of a run."""
 
     def made(grain_class: type[_Recorded]) -> Callable[[Any], _Recorded]:
@@ -198,9 +230,17 @@ def kinds_on(stage: Stage, *, idle_after: float) -> dict[str, Kind]:
 
     return {
         "counter": Kind(
-            made(CounterGrain), actor_class=CounterGrain, idle_after=idle_after
+            made(CounterGrain),
+            actor_class=CounterGrain,
+            idle_after=idle_after,
+            strategy=strategy,
         ),
-        "log": Kind(made(LogGrain), actor_class=LogGrain, idle_after=idle_after),
+        "log": Kind(
+            made(LogGrain),
+            actor_class=LogGrain,
+            idle_after=idle_after,
+            strategy=strategy,
+        ),
     }
 
 

@@ -152,7 +152,9 @@ class Watch:
             for member in self.topology.members
             if member.session not in view.topology
         ]
-        over = tuple(sorted({*gone, *closed, *left}))
+        # Not those that are only absent: the reading may be one from before they
+        # were opened, and who is taken for over stays so.
+        over = tuple(sorted({*closed, *left}))
         is_new = view.topology.epoch > self.topology.epoch or not self.is_known
         effects: tuple[SessionEffect, ...] = ()
         if is_new or over:

@@ -22,7 +22,7 @@ from random import Random
 from typing import Any
 
 from actors import Grain, Kind, PlacementNode
-from actors.activation import Activation, GrainActivation
+from actors.activation import Activation, GrainActivation, HandledWitness
 from actors.clock import SystemClock
 from actors.dispatch import Dispatcher, ThreadDispatcher
 from actors.engine import EmbeddedEngine
@@ -146,6 +146,7 @@ class ChurnHost:
         self.lock = threading.Lock()
         self.ask_timeout = 10.0
         self.current: Activation | None = None
+        self.witness: HandledWitness | None = None
         self.waited_for = 0
         self.arrived = threading.Event()
 
@@ -190,15 +191,6 @@ class ChurnHost:
 
     def publish(self, happened: Happened) -> None:
         """Nobody listens."""
-
-    def handled(self, pid: Pid) -> None:
-        """No witness."""
-
-    def touch(self, pid: Pid, now_ns: int) -> None:
-        """Nobody asks here."""
-
-    def use(self, pid: Pid, now_ns: int, *, is_over: bool) -> None:
-        """Nobody asks here."""
 
     def send(
         self,

@@ -11,6 +11,8 @@ import actors.observer
 from actors.observer import RULES, Bounds, Violation, observe
 from actors.trace import (
     Asked,
+    Chosen,
+    Emptying,
     Ended,
     Entered,
     EntryClaimed,
@@ -18,6 +20,7 @@ from actors.trace import (
     EntrySaved,
     FinalState,
     Healed,
+    Leaving,
     LeftBehind,
     MembersChanged,
     ProcessEnded,
@@ -31,7 +34,7 @@ from actors.trace import (
 )
 
 CART = "cart/1"
-BOUNDS = Bounds(liveness_ns=1_000, grace_ns=10)
+BOUNDS = Bounds(liveness_ns=1_000, grace_ns=10, idle_ns=20)
 
 
 # --- builders: what the tests do not speak of is in order ---
@@ -110,6 +113,16 @@ def members(at_ns: int, epoch: int, sessions: str) -> Record:
     return MembersChanged(at_ns, epoch, tuple(sessions))
 
 
+def ends(at_ns: int, token: int = 7, session: str = "s1") -> Record:
+    return Entered(at_ns, f"node of {session}", CART, session, token, "passivate", "")
+
+
+def chose(
+    at_ns: int, epoch: int, host: str, *, chooser: str = "a", procedure: int = 1
+) -> Record:
+    return Chosen(at_ns, chooser, procedure, CART, host, epoch)
+
+
 HOSTED = [opened(0), claimed(1, 7), entered(2, 7)]
 TAKEN_OVER = [*HOSTED, closed(3), opened(3, "s2"), claimed(4, 8, "s2", former="s1")]
 
@@ -177,6 +190,12 @@ GOOD: dict[str, dict[str, list[Record]]] = {
             EntryGivenUp(5, CART, "s1", 7),
             claimed(6, 8),
             EntrySaved(7, CART, 8, 4),
+        ],
+        "the last snapshot is stored with the giving up": [
+            *HOSTED,
+            EntrySaved(3, CART, 7, 1),
+            EntrySaved(4, CART, 7, 2),
+            EntryGivenUp(4, CART, "s1", 7, 2),
         ],
     },
     "unrefused-effect": {
@@ -262,6 +281,28 @@ GOOD: dict[str, dict[str, list[Record]]] = {
             ProcessEnded(110, "client", "crashed"),
         ],
     },
+    "idle": {
+        "not used for so long": [
+            *HOSTED,
+            entered(5, 7, request="a"),
+            ends(25),
+            EntryGivenUp(26, CART, "s1", 7),
+        ],
+        "by its own wish": [*HOSTED, Leaving(3, CART, 7), ends(4)],
+        "its node empties": [*HOSTED, Emptying(3, "node of s1"), ends(4)],
+        "used while its end was under way": [
+            *HOSTED,
+            entered(5, 7, request="a"),
+            entered(25, 7, request="b"),
+            Entered(27, "node of s1", CART, "s1", 7, "resume", ""),
+            ends(27),
+        ],
+        "a timer is no use": [
+            *HOSTED,
+            Entered(15, "node of s1", CART, "s1", 7, "timer", ""),
+            ends(21),
+        ],
+    },
     "reachable": {
         "within the time, before and after": [
             Reached(1, "node-1", CART, ""),
@@ -301,6 +342,20 @@ GOOD: dict[str, dict[str, list[Record]]] = {
             took(1, 1, "ab", "aabb"),
             took(2, 3, "b", "bbbb"),
             took(3, 2, "ab", "aabb", address="node-2"),
+        ],
+    },
+    "chosen": {
+        "by each epoch one, and sent again": [
+            took(1, 1, "abc", "aabb"),
+            chose(2, 1, "b"),
+            chose(3, 1, "b", chooser="c"),
+            took(4, 2, "abc", "aacc", draining="b"),
+            chose(5, 2, "b"),
+            chose(6, 2, "c", procedure=2),
+        ],
+        "by a topology that only the store has": [
+            members(0, 1, "ab"),
+            chose(1, 1, "b"),
         ],
     },
     "bounded-work": {
@@ -412,6 +467,20 @@ BAD: dict[str, dict[str, list[Record]]] = {
             EntrySaved(3, CART, 7, 5),
             *TAKEN_OVER[3:],
             EntrySaved(5, CART, 8, 4),
+        ],
+        "the last snapshot is not stored": [
+            *HOSTED,
+            EntrySaved(3, CART, 7, 1),
+            EntryGivenUp(4, CART, "s1", 7, 2),
+        ],
+        "the last snapshot is not stored, and none was before": [
+            *HOSTED,
+            EntryGivenUp(4, CART, "s1", 7, 0),
+        ],
+        "the last snapshot bears a version that was stored before": [
+            *HOSTED,
+            EntrySaved(3, CART, 7, 2),
+            EntryGivenUp(4, CART, "s1", 7, 1),
         ],
         "nobody has claimed it": [EntrySaved(3, CART, 7, 1)],
         "nobody has claimed what is given up": [EntryGivenUp(3, CART, "s1", 7)],
@@ -561,6 +630,29 @@ BAD: dict[str, dict[str, list[Record]]] = {
         ],
         "what nobody asked": [ended(1, "ghost", "unknown")],
     },
+    "idle": {
+        "in use just before": [
+            *HOSTED,
+            entered(10, 7, request="a"),
+            entered(15, 7, request="b"),
+            ends(29),
+        ],
+        "its turn went on just before": [
+            *HOSTED,
+            entered(3, 7, request="a"),
+            Entered(10, "node of s1", CART, "s1", 7, "resume", ""),
+            entered(15, 7, request="b"),
+            ends(29),
+        ],
+        "claimed just before": [*HOSTED, ends(3)],
+        "another node empties": [*HOSTED, Emptying(3, "node of s2"), ends(4)],
+        "its node empties later": [*HOSTED, ends(4), Emptying(5, "node of s1")],
+        "another activation has wished so": [
+            *HOSTED,
+            Leaving(3, CART, 6),
+            ends(4),
+        ],
+    },
     "reachable": {
         "it is not reached": [Healed(0), Reached(1, "node-1", CART, "Pending")],
         "it is not reached, and nothing was healed": [
@@ -622,6 +714,29 @@ BAD: dict[str, dict[str, list[Record]]] = {
             took(0, 2, "ab", "ba"),
             took(1, 1, "ab", "ab", address="node-2"),
         ],
+    },
+    "chosen": {
+        "one that has left": [
+            took(1, 1, "abc", "aabb"),
+            took(2, 2, "ac", "aacc"),
+            chose(3, 2, "b"),
+        ],
+        "one that has left is asked again": [
+            took(1, 1, "abc", "aabb"),
+            chose(2, 1, "b"),
+            took(3, 2, "ac", "aacc"),
+            chose(4, 2, "b"),
+        ],
+        "one that drains": [
+            took(1, 2, "abc", "aacc", draining="b"),
+            chose(2, 2, "b"),
+        ],
+        "by one epoch two": [
+            took(1, 1, "abc", "aabb"),
+            chose(2, 1, "b"),
+            chose(3, 1, "c", chooser="c"),
+        ],
+        "in an epoch that nobody knows": [chose(1, 9, "b")],
     },
     "bounded-work": {
         "frames": [WorkDone(0, 10, 201, 80, 0)],

@@ -201,6 +201,18 @@ def test_r1_2_only_a_newer_epoch_is_adopted() -> None:
     assert only(made.viewed(TROUBLE, 0), Happened).name == "StoreTroubled"
 
 
+def test_a_reading_from_before_an_opening_does_not_say_that_it_is_over() -> None:
+    made, _ = joined()
+    before = view(FIRST, epoch=2)
+    made.viewed(before, 0)
+    made.viewed(view(FIRST, A, epoch=2, members=(FIRST,)), 1)
+
+    assert made.viewed(before, 2) == ()
+
+    effects = made.viewed(view(FIRST, A, epoch=3), 3)
+    assert only(effects, TopologyAdopted).closed == ()
+
+
 def test_another_is_closed_only_when_it_stood_still_for_its_whole_time() -> None:
     made, _ = joined()
     made.viewed(view(FIRST, A, epoch=2, counts={A: 1}), 1 * S)
@@ -214,6 +226,17 @@ def test_another_is_closed_only_when_it_stood_still_for_its_whole_time() -> None
     effects = made.closed(A, 2, True, 9 * S)
     assert only(effects, Happened).name == "SessionExpired"
     assert ReadSessions() in effects
+
+
+def test_the_others_time_counts_from_when_a_renewals_answer_was_had() -> None:
+    made, _ = joined()
+    assert only(made.tick(1 * S), RenewSession).count == 2
+
+    made.renewed(FIRST, 2, view(FIRST, A, epoch=2, counts={A: 1}), 3 * S)
+    guard_keeps(made, 3 * S)
+
+    assert none_of(made.tick(3 * S + TTL - 1), CloseSession)
+    assert only(made.tick(3 * S + TTL), CloseSession) == CloseSession(A, 1)
 
 
 def guard_keeps(made: OwnSession, now: int) -> None:
