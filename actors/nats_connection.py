@@ -67,6 +67,7 @@ OUTBOUND_BYTES_MAX = 16 << 20
 INBOUND_MESSAGES_MAX = 65_536
 INBOUND_BYTES_MAX = 64 << 20
 _CLIENT_BYTES_MAX = 2 << 20
+_RESETS_MAX = 7
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.05, 1.0
 
 _HOST = re.compile(r"\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+")
@@ -106,6 +107,10 @@ class NatsFailure(Exception):
 
 class NatsUnreachable(NatsFailure):
     """No server answers, or not in time."""
+
+
+class _Reset(NatsUnreachable):
+    """The server has ended the connection before there was one."""
 
 
 class NatsRefused(NatsFailure):
@@ -570,7 +575,16 @@ class NatsConnection:
     # --- connecting ---
 
     async def _first(self) -> None:
-        await self._connect()
+        # A server that refuses resets the connection when it has said why, and with
+        # that its words may be lost; then it is asked again.
+        for _ in range(_RESETS_MAX):
+            try:
+                await self._connect()
+                break
+            except _Reset:
+                continue
+        else:
+            await self._connect()
         self._keeper = self._spawn(self._keep())
 
     async def _connect(self) -> None:
@@ -652,7 +666,12 @@ class NatsConnection:
             text = "no answer in time"
         elif isinstance(raised, OSError) and not isinstance(raised, socket.gaierror):
             text = os.strerror(raised.errno) if raised.errno else text
-        return NatsUnreachable(
+        failure = (
+            _Reset
+            if isinstance(raised, ConnectionResetError | BrokenPipeError)
+            else NatsUnreachable
+        )
+        return failure(
             f"{where}: no connection: {text or type(raised).__name__}",
             may_have_happened=False,
         )

@@ -282,7 +282,7 @@ def test_a_batch_has_more_than_64_writes_on_their_way() -> None:
         count_waiting(store, most, lambda: paused.signal(signal.SIGSTOP))
         thread.start()
         until_s = time.monotonic() + 1.5
-        while len(waiting) < 200 and time.monotonic() < until_s:
+        while len(waiting) < 100 and time.monotonic() < until_s:
             time.sleep(0.01)
         on_their_way = len(waiting)
         paused.signal(signal.SIGCONT)
@@ -457,12 +457,14 @@ def test_r3_4_a_big_snapshot_is_read_whole_while_it_is_replaced(
     with closing(store.another()) as other:
         thread = threading.Thread(target=read, args=(other,))
         thread.start()
-        for version in range(2, 40):
+        version, until_s = 1, time.monotonic() + PATIENCE_S
+        while (version < 20 or len(seen) < 20) and time.monotonic() < until_s:
+            version += 1
             saved(store, entry, version, b"%d" % (version % 10) * MIB)
         is_over.set()
         thread.join()
 
-    assert len(seen) > 5
+    assert len(seen) >= 20
     for version, ends in seen:
         assert ends == {b"%d" % (version % 10)}
     assert [version for version, _ in seen] == sorted(version for version, _ in seen)
@@ -1380,7 +1382,7 @@ def test_a_server_that_is_away_is_a_failure_that_surely_did_not_happen() -> None
                 call()
             assert not caught.value.may_have_happened
         # Nobody waits for a server that has been away for longer than that.
-        assert time.monotonic() - begun_s < 0.15
+        assert time.monotonic() - begun_s < 0.4
 
         mortal.start()
         saves = [Save(CART, entry.fencing_token, 1, b"s")]
