@@ -158,29 +158,25 @@ class Engine(Protocol):
         """Free what it holds."""
 
 
-class EmbeddedEngine:
-    """Everything in one process: nodes exchange bytes by calls, and share a store.
-
-    Raises:
-        BadStore: the URL, or what it names, cannot be a store.
-        StoreFailure: the store cannot be opened now.
-    """
+class ThreadEngine:
+    """Nodes that run over threads, on one store and one transport."""
 
     def __init__(
         self,
-        store: str | Store = "memory://",
+        store: Store,
+        make_transport: Callable[[Dispatcher], Transport],
         *,
-        partitions: int = PARTITIONS_DEFAULT,
+        partitions: int,
         clock: Clock | None = None,
     ) -> None:
         self.clock: Clock = clock or SystemClock()
-        self.store = open_store(store) if isinstance(store, str) else store
-        self.transport: Transport = InProcessTransport()
+        self.store = store
         self.start_reader: StartReader = start_thread_reader
         self.random = Random(secrets.randbits(64))  # noqa: S311
         self._table = PartitionTable.build(Topology(), partitions)
         self._system = ThreadDispatcher("placement-system", self.clock)
         self.system: Dispatcher = self._system
+        self.transport = make_transport(self._system)
         self._lanes = (
             ThreadDispatcher("placement-entries", self.clock),
             ThreadDispatcher("placement-sessions", self.clock),
@@ -194,38 +190,7 @@ class EmbeddedEngine:
         )
 
     def take_over(self, *, timeout_s: float = math.inf) -> None:
-        """Wait out sessions that a crash has left in the store.
-
-        Raises:
-            StoreInUse: one of them is renewed, or another is opened: its process
-                lives, and cannot be reached from here.
-            NotReady: the time was not enough.
-            StoreFailure: the store cannot be read now.
-        """
-        watch, pause = Watch(), threading.Event()
-        first: dict[SessionId, int] | None = None
-        until_s = time.monotonic() + timeout_s
-        while True:
-            view = self.store.read_sessions()
-            now_ns = self.clock.now_ns()
-            watch.view(view, now_ns)
-            counts = watch.counts()
-            if first is None:
-                first = counts
-            # What a crash has left was there from the first, and stands still.
-            alive = sorted(s for s, count in counts.items() if first.get(s) != count)
-            if alive:
-                raise StoreInUse(
-                    f"store {self.store.url}: session {alive[0]} of another process "
-                    "is alive in it; who cannot reach it needs the store for itself"
-                )
-            if not counts:
-                return
-            if time.monotonic() >= until_s:
-                raise NotReady(f"session {min(counts)} is not over yet")
-            for close in watch.expired(now_ns, besides=None):
-                self.store.close_session(close.session, close.count)
-            pause.wait(0.05)
+        """Before the first node starts: nothing, where others can be reached."""
 
     def dispatcher(self, name: str) -> GrainDispatcher:
         """A dispatcher for one node's Grains."""
@@ -268,3 +233,60 @@ class EmbeddedEngine:
         for dispatcher in (*self._lanes, self._system):
             dispatcher.stop(left_s())
         self.store.close()
+
+
+class EmbeddedEngine(ThreadEngine):
+    """Everything in one process: nodes exchange bytes by calls, and share a store.
+
+    Raises:
+        BadStore: the URL, or what it names, cannot be a store.
+        StoreFailure: the store cannot be opened now.
+    """
+
+    def __init__(
+        self,
+        store: str | Store = "memory://",
+        *,
+        partitions: int = PARTITIONS_DEFAULT,
+        clock: Clock | None = None,
+    ) -> None:
+        super().__init__(
+            open_store(store) if isinstance(store, str) else store,
+            lambda _: InProcessTransport(),
+            partitions=partitions,
+            clock=clock,
+        )
+
+    def take_over(self, *, timeout_s: float = math.inf) -> None:
+        """Wait out sessions that a crash has left in the store.
+
+        Raises:
+            StoreInUse: one of them is renewed, or another is opened: its process
+                lives, and cannot be reached from here.
+            NotReady: the time was not enough.
+            StoreFailure: the store cannot be read now.
+        """
+        watch, pause = Watch(), threading.Event()
+        first: dict[SessionId, int] | None = None
+        until_s = time.monotonic() + timeout_s
+        while True:
+            view = self.store.read_sessions()
+            now_ns = self.clock.now_ns()
+            watch.view(view, now_ns)
+            counts = watch.counts()
+            if first is None:
+                first = counts
+            # What a crash has left was there from the first, and stands still.
+            alive = sorted(s for s, count in counts.items() if first.get(s) != count)
+            if alive:
+                raise StoreInUse(
+                    f"store {self.store.url}: session {alive[0]} of another process "
+                    "is alive in it; who cannot reach it needs the store for itself"
+                )
+            if not counts:
+                return
+            if time.monotonic() >= until_s:
+                raise NotReady(f"session {min(counts)} is not over yet")
+            for close in watch.expired(now_ns, besides=None):
+                self.store.close_session(close.session, close.count)
+            pause.wait(0.05)

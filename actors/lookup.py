@@ -47,7 +47,8 @@ class PartitionIdentityLookupConfig:
     """What a lookup over partitions is made with."""
 
     name: str
-    store: str = "memory://"
+    engine: str | None = None
+    store: str | None = None
     settings: Settings = field(default_factory=Settings)
 
 
@@ -62,10 +63,15 @@ class PartitionIdentityLookup:
         """One with a node of its own, which hosts no kinds.
 
         Raises:
-            ValueError: the name, store or a setting makes no sense.
+            ValueError: the name, engine, store or a setting makes no sense.
         """
         return cls(
-            PlacementNode(config.name, store=config.store, settings=config.settings)
+            PlacementNode(
+                config.name,
+                engine=config.engine,
+                store=config.store,
+                settings=config.settings,
+            )
         )
 
     @property

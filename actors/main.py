@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +17,43 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from actors.client_command import (
+    ask_command,
+    entry_to,
+    resolve_command,
+    status_command,
+    tell_command,
+)
 from actors.cluster import Cluster, StoreInUse
 from actors.engine import Settings
-from actors.kind import BadKind, Kind, load_kind
+from actors.kind import BadKind, Kind
 from actors.log import to_stderr
+from actors.nats_connection import NatsFailure
+from actors.node_command import node_command, parse_kinds
 from actors.requests import Requests, read_requests
 from actors.run import (
     BadRun,
     Change,
     Delivery,
     Outcome,
+    RunningNodes,
+    Target,
     calm_collector,
     check_changes,
     check_kinds,
     kinds_for,
     parse_change,
     summary,
+    summary_of_running,
     write_report,
 )
 from actors.simulate_command import simulate_command
 from actors.store_url import BadStore, check_store
-from actors.witness import ActivationWitness
+from actors.up_command import up_command
+from actors.witness import ActivationWitness, BadWitness, FileWitness, machine_ns
 from placement.contracts import StoreFailure
 from placement.errors import PlacementError
-from placement.identity import BadIdentity, Identity
+from placement.identity import BadIdentity
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
@@ -50,28 +64,21 @@ def main() -> None:
     """Virtual actors: addressed by identity, at most one activation of each."""
 
 
-main.add_command(simulate_command)
+for each_command in (
+    simulate_command,
+    node_command,
+    up_command,
+    resolve_command,
+    ask_command,
+    tell_command,
+    status_command,
+):
+    main.add_command(each_command)
 
 
 def _wrong(message: str) -> "click.exceptions.Exit":
     click.echo(f"placement: {message}", err=True)
     return click.exceptions.Exit(WRONG)
-
-
-def _parse_kinds(specs: tuple[str, ...]) -> dict[str, Kind]:
-    kinds: dict[str, Kind] = {}
-    for spec in specs:
-        name, equals, path = spec.partition("=")
-        if not equals:
-            raise BadKind(f"--kind {spec!r} is not KIND=module:Class")
-        try:
-            Identity(name, "x")
-        except BadIdentity as error:
-            raise BadKind(f"--kind {spec!r}: {error}") from None
-        if name in kinds:
-            raise BadKind(f"--kind {name!r} is given twice")
-        kinds[name] = load_kind(path)
-    return kinds
 
 
 def _check(
@@ -117,7 +124,7 @@ def _may_write(path: Path) -> bool:
 
 
 def _deliver(
-    cluster: Cluster,
+    cluster: Target,
     read: Requests,
     given: dict[str, Kind],
     changes: tuple[Change, ...],
@@ -161,6 +168,7 @@ def _deliver(
 @click.argument("requests", required=False)
 @click.option("--nodes", default=3, show_default=True, help="How many nodes.")
 @click.option("--store", help="Store URL; a temporary SQLite file unless given.")
+@click.option("--engine", help="Nodes that run already: nats://host:4222")
 @click.option("--kind", "kinds", multiple=True, metavar="KIND=module:Class")
 @click.option("--durable", is_flag=True, help="Store each count before its answer.")
 @click.option("--kill", multiple=True, metavar="NODE@N", help="Crash it after N.")
@@ -180,6 +188,7 @@ def run(
     requests: str | None,
     nodes: int,
     store: str | None,
+    engine: str | None,
     kinds: tuple[str, ...],
     *,
     durable: bool,
@@ -195,14 +204,16 @@ def run(
     """Deliver every request of REQUESTS to its identity's activation.
 
     REQUESTS is a file of JSON lines, plain or .gz, or - for standard input;
-    without it, a sample that comes along.
+    without it, a sample that comes along. With --engine they go to nodes that run
+    already, whose kinds are their own.
     """
     to_stderr(logging.INFO if verbose else logging.CRITICAL)
     sys.path.insert(0, "")
     names = [f"node-{number}" for number in range(1, nodes + 1)]
     try:
-        given = _parse_kinds(kinds)
-        _check(nodes, store, (report, witness_file), given, Settings(**settings))
+        given = parse_kinds(kinds)
+        checked = Settings(**settings)
+        _check(nodes, store, (report, witness_file), given, checked)
         changes: list[Change] = [
             *(parse_change("kill", text) for text in kill),
             *(parse_change("join", text) for text in join),
@@ -211,10 +222,26 @@ def run(
         began = time.monotonic()
         read = read_requests(requests)
         check_kinds(read, given)
+        if engine is not None and changes:
+            raise BadRun("--kill, --join and --leave are for embedded nodes")
         ordered = check_changes(changes, names, len(read))
         calm_collector()
     except ValueError as error:
         raise _wrong(str(error)) from None
+    if engine is not None:
+        witnessed = None if witness_file is None else Path(witness_file)
+        _run_on(
+            engine,
+            store,
+            read,
+            given,
+            checked,
+            report=report,
+            witness_file=witnessed,
+            as_json=as_json,
+            began=began,
+        )
+        return
     with tempfile.TemporaryDirectory(prefix="placement-") as folder:
         url = store if store is not None else f"sqlite:///{folder}/run.db"
         try:
@@ -248,6 +275,57 @@ def run(
             except OSError as error:
                 click.echo(f"placement: {report}: {error.strerror}", err=True)
                 raise click.exceptions.Exit(FAILED) from None
+    _end(outcome, found, as_json=as_json, is_interrupted=is_interrupted)
+
+
+def _run_on(
+    engine: str,
+    store: str | None,
+    read: Requests,
+    given: dict[str, Kind],
+    settings: Settings,
+    *,
+    report: str | None,
+    witness_file: Path | None,
+    as_json: bool,
+    began: float,
+) -> None:
+    """Deliver all to nodes that run already."""
+    since_ns = machine_ns()
+    with ExitStack() as stack:
+        try:
+            entry = stack.enter_context(entry_to(engine, store, settings))
+        except (ValueError, NatsFailure, StoreFailure, PlacementError) as error:
+            raise _wrong(str(error)) from None
+        target = RunningNodes(entry)
+        outcome, is_interrupted = _deliver(target, read, given, (), began)
+        names = target.nodes
+        try:
+            witness = (
+                None
+                if witness_file is None
+                else FileWitness(witness_file, since_ns=since_ns)
+            )
+            found = summary_of_running(outcome, read, witness, names)
+            if report is not None:
+                write_report(
+                    Path(report),
+                    read,
+                    outcome,
+                    witness,
+                    where=lambda identity: entry.resolve(identity).pid,
+                )
+        except (OSError, BadWitness, PlacementError) as error:
+            text = getattr(error, "strerror", None) or str(error)
+            click.echo(f"placement: {text}", err=True)
+            raise click.exceptions.Exit(FAILED) from None
+    _end(outcome, found, as_json=as_json, is_interrupted=is_interrupted)
+
+
+def _end(
+    outcome: Outcome, found: dict[str, Any], *, as_json: bool, is_interrupted: bool
+) -> None:
+    """Say how it went; the exit code is part of that."""
     is_said = _say(found, as_json=as_json)
     for reason, count in sorted(outcome.reasons.items()):
         click.echo(

@@ -1,16 +1,5 @@
 """One connection to NATS: an asyncio client in one thread that nobody waits for.
 
-A URL is `nats://[user:password@]host:port[,host2:port2]/?options`; a user without
-a password is a token. What is secret may also come from files. Options:
-
-    creds, nkey        files: credentials (JWT and seed), a bare seed
-    token              a token
-    tls                true: refuse a server without TLS; so do those that follow
-    tls_ca             file: whom to trust, in place of the system's
-    tls_cert, tls_key  files: the client's own certificate
-    tls_hostname       the name in the server's certificate, where it is another
-    tls_first          true: TLS before the server has said anything
-
 nats-py needs `pip install 'actor-placement[nats]'`, and is imported at the first
 connection.
 
@@ -27,16 +16,14 @@ import socket
 import ssl
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import unquote
 
 from actors.log import log
+from actors.nats_url import BadNatsUrl, NatsUrl, parse_nats_url
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -67,22 +54,12 @@ OUTBOUND_BYTES_MAX = 16 << 20
 INBOUND_MESSAGES_MAX = 65_536
 INBOUND_BYTES_MAX = 64 << 20
 _CLIENT_BYTES_MAX = 2 << 20
-_RESETS_MAX = 7
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.05, 1.0
+_TRIES = 4
 
-_HOST = re.compile(r"\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+")
-_PORT = re.compile(r"[0-9]{1,5}")
-_FILES = ("creds", "nkey", "tls_ca", "tls_cert", "tls_key")
-_FLAGS = ("tls", "tls_first")
-_TEXTS = ("token", "tls_hostname")
-_OPTIONS = (*_FILES, *_FLAGS, *_TEXTS)
 _SUBSCRIPTION = re.compile(
     r'permissions violation for subscription to "([^"]+)"', re.IGNORECASE
 )
-
-
-class BadNatsUrl(ValueError):
-    """The URL cannot be a NATS server, and why; it names no secret."""
 
 
 class MissingExtra(ValueError):
@@ -109,10 +86,6 @@ class NatsUnreachable(NatsFailure):
     """No server answers, or not in time."""
 
 
-class _Reset(NatsUnreachable):
-    """The server has ended the connection before there was one."""
-
-
 class NatsRefused(NatsFailure):
     """The server refuses: a wrong password, a certificate, a permission."""
 
@@ -121,148 +94,13 @@ class NatsLost(NatsFailure):
     """The connection was lost meanwhile, or is not there."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NatsUrl:
-    """Where servers are, and what they ask for. Its text shows no secret.
-
-    `options` are those that `parse_nats_url` was told of besides its own.
-    """
-
-    servers: tuple[str, ...]
-    user: str | None = field(default=None, repr=False)
-    password: str | None = field(default=None, repr=False)
-    token: str | None = field(default=None, repr=False)
-    creds: Path | None = field(default=None, repr=False)
-    nkey: Path | None = field(default=None, repr=False)
-    tls: bool = False
-    tls_first: bool = False
-    tls_ca: Path | None = None
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    tls_hostname: str | None = None
-    options: Mapping[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"nats://{','.join(self.servers)}"
-
-    def check(self) -> None:
-        """Check the files that it names.
-
-        Raises:
-            BadNatsUrl: one of them is not there, or is not what it should be.
-        """
-        for name in _FILES:
-            path: Path | None = getattr(self, name)
-            if path is not None and not path.is_file():
-                raise BadNatsUrl(f"NATS {self}: {name}: there is no file {path}")
-        self.tls_context()
-
-    def tls_context(self) -> ssl.SSLContext | None:
-        """What TLS is made with; none where the URL does not ask for it.
-
-        Raises:
-            BadNatsUrl: a certificate or key cannot be read.
-        """
-        if not self.tls:
-            return None
-        try:
-            context = ssl.create_default_context(cafile=self.tls_ca)
-            if self.tls_cert is not None:
-                context.load_cert_chain(self.tls_cert, self.tls_key)
-        except (OSError, ssl.SSLError) as error:
-            raise BadNatsUrl(
-                f"NATS {self}: its certificates cannot be read: {error}"
-            ) from None
-        return context
-
-
-def parse_nats_url(url: str, *, more: Sequence[str] = ()) -> NatsUrl:
-    """The servers that `url` names, and how to be let in.
-
-    `more` are the names of options that are somebody else's, left as they are.
-
-    Raises:
-        BadNatsUrl: it names none, or an option is wrong; the message shows no
-            secret.
-    """
-    scheme, separator, rest = url.partition("://")
-    if not separator or scheme.lower() != "nats":
-        raise BadNatsUrl("a NATS URL is nats://[user:password@]host:port")
-    place, _, query = rest.partition("?")
-    login, at, after = place.rpartition("@")
-    if not at and "@" in query:
-        raise BadNatsUrl("in a NATS URL a ? of a password is written %3F")
-    hosts, slash, path = after.partition("/")
-    servers = tuple(_server(each) for each in hosts.split(","))
-    if slash and path:
-        raise BadNatsUrl(f"NATS nats://{hosts}: nothing may follow the first /")
-    known = f"NATS nats://{','.join(servers)}"
-    given = _options(known, query, (*_OPTIONS, *more))
-    fields: dict[str, Any] = {
-        name: Path(given[name]) for name in _FILES if name in given
-    }
-    fields |= {name: given[name] for name in _TEXTS if name in given}
-    for name in _FLAGS:
-        if given.get(name, "false") not in ("true", "false"):
-            raise BadNatsUrl(f"{known}: {name} must be true or false")
-        fields[name] = given.get(name) == "true"
-    fields["tls"] = any(fields.get(name) for name in fields if name.startswith("tls"))
-    if given.get("tls") == "false" and fields["tls"]:
-        raise BadNatsUrl(f"{known}: tls is false, and other tls options are given")
-    if ("tls_key" in fields) > ("tls_cert" in fields):
-        raise BadNatsUrl(f"{known}: tls_key is given without tls_cert")
-    if at:
-        user, colon, password = login.partition(":")
-        if not user or (colon and not password):
-            raise BadNatsUrl(f"{known}: before the @ are user:password, or a token")
-        if colon:
-            fields |= {"user": unquote(user), "password": unquote(password)}
-        elif "token" in fields:
-            raise BadNatsUrl(f"{known}: the token is given twice")
-        else:
-            fields["token"] = unquote(user)
-    ways = [w for w in ("user", "token", "creds", "nkey") if w in fields]
-    if len(ways) > 1:
-        raise BadNatsUrl(f"{known}: {' and '.join(ways)} are given; one is enough")
-    options = MappingProxyType({n: v for n, v in given.items() if n in more})
-    return NatsUrl(servers=servers, options=options, **fields)
-
-
-def _server(text: str) -> str:
-    host, colon, port = text.rpartition(":")
-    if not colon or text.endswith("]"):
-        host, port = text, "4222"
-    if not _HOST.fullmatch(host):
-        # Not shown: where an @ is missing it may be a password.
-        raise BadNatsUrl("a NATS URL names its servers as host:port,host:port")
-    if not _PORT.fullmatch(port) or not 0 < int(port) < 1 << 16:
-        raise BadNatsUrl(f"NATS server {host}: its port must be 1 to 65535")
-    return f"{host}:{int(port)}"
-
-
-def _options(known: str, query: str, names: Sequence[str]) -> dict[str, str]:
-    options: dict[str, str] = {}
-    for part in query.split("&") if query else ():
-        name, equals, value = part.partition("=")
-        if name not in names:
-            raise BadNatsUrl(
-                f"{known}: unknown option {name!r}; known are {', '.join(names)}"
-            )
-        if not equals or not value:
-            raise BadNatsUrl(f"{known}: option {name} has no value")
-        if name in options:
-            raise BadNatsUrl(f"{known}: option {name} is given twice")
-        options[name] = unquote(value)
-    return options
-
-
 @dataclass(frozen=True, slots=True)
 class ConnectionEvent:
     """What happened to a connection.
 
     `name` is Disconnected, Reconnected, ReconnectFailed, SlowConsumer,
-    SubscriptionLost, OutboundLost or ServerError; `count` how many frames were
-    lost with it.
+    SubscriptionLost, OutboundFull, OutboundLost or ServerError; `count` how many
+    frames were lost with it.
     """
 
     name: str
@@ -316,6 +154,7 @@ class NatsConnection:
         self._outbound: deque[tuple[str, bytes]] = deque()
         self._outbound_bytes = 0
         self._is_draining = False
+        self._is_full = False
         self._loop = asyncio.new_event_loop()
         self._lost = asyncio.Event()
         self._drain_lock = asyncio.Lock()
@@ -430,6 +269,9 @@ class NatsConnection:
                 return False
             if self._outbound_bytes + size > self._outbound_bytes_max:
                 self.counts["frames refused: outbound buffer full"] += 1
+                if not self._is_full:
+                    self._is_full = True
+                    self._soon(self._say_full)
                 return False
             self._outbound.append((subject, data))
             self._outbound_bytes += size
@@ -457,7 +299,7 @@ class NatsConnection:
         async def work(client: "Client") -> None:
             self._wanted[subject] = wanted
             await self._subscribe(client, wanted)
-            await client.flush(timeout=max(1, round(timeout_s)))
+            await _flush(client, timeout_s)
             if subject.lower() in self._refused:
                 del self._wanted[subject]
                 raise NatsRefused(
@@ -486,7 +328,7 @@ class NatsConnection:
         async def work(client: "Client") -> None:
             async with self._drain_lock:
                 pass  # what was handed over before has been published
-            await client.flush(timeout=max(1, round(timeout_s)))
+            await _flush(client, timeout_s)
 
         self.call(work, timeout_s=timeout_s)
 
@@ -575,16 +417,15 @@ class NatsConnection:
     # --- connecting ---
 
     async def _first(self) -> None:
-        # A server that refuses resets the connection when it has said why, and with
-        # that its words may be lost; then it is asked again.
-        for _ in range(_RESETS_MAX):
+        for left in reversed(range(_TRIES)):
             try:
                 await self._connect()
                 break
-            except _Reset:
-                continue
-        else:
-            await self._connect()
+            except NatsUnreachable as error:
+                # A server that refuses may reset the connection before its reason
+                # has been read: ask for it again.
+                if not left or not isinstance(error.__cause__, ConnectionResetError):
+                    raise
         self._keeper = self._spawn(self._keep())
 
     async def _connect(self) -> None:
@@ -635,7 +476,7 @@ class NatsConnection:
             await _end_client(client)
             # The last of the client's own says why no server was left.
             cause = errors[-1] if errors else raised
-            raise self._failure(cause) from None
+            raise self._failure(cause) from cause
         is_up = True
         self.max_payload = client.max_payload
         self._refused.clear()
@@ -666,12 +507,7 @@ class NatsConnection:
             text = "no answer in time"
         elif isinstance(raised, OSError) and not isinstance(raised, socket.gaierror):
             text = os.strerror(raised.errno) if raised.errno else text
-        failure = (
-            _Reset
-            if isinstance(raised, ConnectionResetError | BrokenPipeError)
-            else NatsUnreachable
-        )
-        return failure(
+        return NatsUnreachable(
             f"{where}: no connection: {text or type(raised).__name__}",
             may_have_happened=False,
         )
@@ -748,6 +584,9 @@ class NatsConnection:
 
     # --- out ---
 
+    def _say_full(self) -> None:
+        self._tell("OutboundFull", f"{self._outbound_bytes_max} bytes wait already")
+
     def _begin_draining(self) -> None:
         task = self._spawn(self._drain())
         self._tasks[task] = None
@@ -762,6 +601,7 @@ class NatsConnection:
                     with self._lock:
                         waiting, client = tuple(self._outbound), self._client
                         self._outbound.clear()
+                        self._is_full = False
                         if not waiting or client is None:
                             self._is_draining = False
                             return
@@ -846,6 +686,7 @@ def _credentials(url: NatsUrl) -> dict[str, Any]:
         "nkeys_seed": None if url.nkey is None else str(url.nkey),
         "tls": url.tls_context(),
         "tls_hostname": url.tls_hostname,
+        "inbox_prefix": url.inbox,
     }
     if url.tls_first:
         found["tls_handshake_first"] = True
@@ -861,6 +702,14 @@ async def _end_client(client: "Client", *, timeout_s: float = 1.0) -> None:
         writer = getattr(wire, name, None)
         if writer is not None:
             writer.transport.abort()
+
+
+async def _flush(client: "Client", timeout_s: float) -> None:
+    """Wait until the server has had all that was sent before."""
+    # nats-py writes its ping at once, before what waits for its flusher. When the
+    # first is back that has been written; the second surely comes after it.
+    for _ in range(2):
+        await client.flush(timeout=max(1, round(timeout_s)))
 
 
 async def _quietly(work: Coroutine[Any, Any, Any]) -> None:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import xxhash
 
 from actors.world import ProcessClock, World
+from messages.codec import FRAME_BYTES_MAX
+from placement.event import Happened
 from placement.topology import Address
 
 #: How long a frame is under way when nothing is wrong.
@@ -127,6 +129,8 @@ class Network:
 class Wire:
     """A transport: the network as one process has it."""
 
+    frame_bytes_max = FRAME_BYTES_MAX
+
     def __init__(
         self, network: Network, node: str, number: int, process: ProcessClock
     ) -> None:
@@ -135,7 +139,14 @@ class Wire:
         self._network = network
         self._process = process
 
-    def attach(self, address: Address, receive: Callable[[bytes], None]) -> None:
+    def attach(
+        self,
+        address: Address,
+        receive: Callable[[bytes], None],
+        *,
+        is_member: bool = True,
+        publish: Callable[[Happened], None] | None = None,
+    ) -> None:
         """Deliver what is sent to `address`."""
         end = _End(self.node, self.number, self._process, receive)
         self._network.attach(address, end)
@@ -144,10 +155,16 @@ class Wire:
         """Refuse what is sent to `address` from now on."""
         self._network.detach(address)
 
-    def send(self, address: Address, data: bytes) -> bool:
+    def send(
+        self, address: Address, data: bytes, *, sender: Address | None = None
+    ) -> bool:
         """Put a frame on its way; false only where nobody will ever receive it."""
         return self._network.send(self, address, data)
 
     def kill(self, address: Address) -> None:
         """Drop what is sent to `address`, and do not say so."""
         self._network.silence(address)
+
+    def linger_s(self, renew_every_s: float) -> float:
+        """Not at all: who has left is known to have."""
+        return 0.0

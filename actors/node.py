@@ -11,7 +11,8 @@ import pykka
 
 from actors.activation import Activation, GrainActivation, Mail
 from actors.coordinator import Arrived, PartitionCoordinator, TopologyChanged
-from actors.engine import EmbeddedEngine, Engine, Settings
+from actors.engine import EmbeddedEngine, Engine, Settings, ThreadEngine
+from actors.engine_url import open_engine
 from actors.event_stream import EventStream
 from actors.future import BlockingInGrain, Future, must_not_block
 from actors.grain import encode_rejected
@@ -233,6 +234,18 @@ class _NodeSender:
             raise BlockingInGrain
 
 
+class _LivingWitness:
+    """Sees what a node's activations handle, while the node lives."""
+
+    def __init__(self, node: "PlacementNode") -> None:
+        self._node = node
+        self._witness = node._witness  # noqa: SLF001
+
+    def handled(self, pid: Pid) -> None:
+        if self._witness is not None and not self._node.is_dead:
+            self._witness.handled(pid)
+
+
 class _NodeHost:
     """What a node offers its activations."""
 
@@ -248,8 +261,8 @@ class _NodeHost:
         self.ask_timeout = node._outbox.ask_timeout  # noqa: SLF001
         self.kind_of = node._kind_of  # noqa: SLF001
         self.class_of = node._class_of  # noqa: SLF001
-        self._registry = node._registry  # noqa: SLF001
         self._witness = node._witness  # noqa: SLF001
+        self.witness = None if self._witness is None else _LivingWitness(node)
 
     def _tell(self, message: Any) -> None:
         self._node._tell_placement(message)  # noqa: SLF001
@@ -282,30 +295,21 @@ class _NodeHost:
         with self._node._outbox.lock:  # noqa: SLF001
             activation.bounce_all()
 
-    def handled(self, pid: Pid) -> None:
-        if self._witness is not None and not self._node.is_dead:
-            self._witness.handled(pid)
-
-    def touch(self, pid: Pid, now_ns: int) -> None:
-        found = self._registry.find(pid.identity)
-        if found is not None:
-            found.last_used_ns = now_ns
-
-    def use(self, pid: Pid, now_ns: int, *, is_over: bool) -> None:
-        found = self._registry.find(pid.identity)
-        if found is not None:
-            found.last_used_ns, found.is_in_use = now_ns, not is_over
-
 
 class PlacementNode(Verbs):
     """One node: `start_member` hosts and resolves, `start_client` only resolves.
 
-    `kinds` maps the name of a kind to a class or `Kind`. Without an `engine` the
-    node makes its own over `store`. Settings are those of `Settings`.
+    `kinds` maps the name of a kind to a class or `Kind`. `engine` is a URL such as
+    nats://host:4222, by which nodes of many processes are one cluster; without one
+    the node is alone, over `store` (the memory unless given). Settings are those of
+    `Settings`.
 
     Raises:
         BadKind: a kind is none, or its `handler_max` is above the margin.
-        ValueError: a setting makes no sense.
+        ValueError: a setting makes no sense, or is another than the cluster's; the
+            engine or store cannot be.
+        NatsFailure: the engine cannot be reached, or does not let us in.
+        StoreFailure: the store cannot be opened now.
     """
 
     #: What it is made of. A simulation puts variants in the place of these.
@@ -325,8 +329,8 @@ class PlacementNode(Verbs):
         name: str,
         *,
         kinds: Mapping[str, Kind | type] | None = None,
-        engine: Engine | None = None,
-        store: str = "memory://",
+        engine: Engine | str | None = None,
+        store: str | None = None,
         weight: float = 1.0,
         witness: Witness | None = None,
         settings: Settings | None = None,
@@ -340,10 +344,12 @@ class PlacementNode(Verbs):
         for kind, each in self._kinds.items():
             Identity(kind, "x")
             each.check(settings.margin_s)
-        self._own_engine: EmbeddedEngine | None = None
-        if engine is None:
+        self._own_engine: ThreadEngine | None = None
+        if isinstance(engine, str):
+            engine = self._own_engine = open_engine(engine, store, settings)
+        elif engine is None:
             engine = self._own_engine = EmbeddedEngine(
-                store, partitions=settings.partitions
+                store or "memory://", partitions=settings.partitions
             )
         self._engine: Engine = engine
         self._witness = witness
@@ -353,6 +359,7 @@ class PlacementNode(Verbs):
         self._session: SessionId | None = None
         self._table: PartitionTable | None = None
         self._has_left = False
+        self._is_member = False
         self._is_ending = False
         self._is_over = False
         self._stuck_since_ns = 0
@@ -369,6 +376,7 @@ class PlacementNode(Verbs):
             dispatcher=self._engine.system,
             handle=self._frame,
             publish=self._publish,
+            epoch=lambda: self.epoch,
         )
         self._outbox = self.outbox_type(
             own=self.address,
@@ -384,6 +392,7 @@ class PlacementNode(Verbs):
             publish=self._publish,
             ask_timeout=settings.ask_timeout,
         )
+        self._known, self._now_ns = self._outbox.known, clock.now_ns
         self._sender = _NodeSender(self._outbox, self._engine.future)
         self._host = _NodeHost(self)
         self._hosting = hosting = self.hosting_type(kinds=frozenset(self._kinds))
@@ -475,8 +484,9 @@ class PlacementNode(Verbs):
             raise NotReady(f"{self.name} is {self._state}, a node starts once")
         if self._own_engine is not None:
             self._own_engine.take_over(timeout_s=timeout)
+        self._is_member = isinstance(message, BeginMember)
+        self._postbox.open(is_member=self._is_member)
         self._state = "starting"
-        self._postbox.open()
         self._outbox.open()
         self._tell_placement(message)
 
@@ -610,6 +620,9 @@ class PlacementNode(Verbs):
         if not self._has_left:
             self._publish(Happened(kind="placement", name="StopTimedOut"))
             self._die(until_ns)
+        is_awaited = self._has_left and self._is_member
+        if is_awaited and not self._engine.system.is_current():
+            self._linger(until_ns)
         # What has arrived already bounces; nothing else arrives.
         self._postbox.leave()
         if self._engine.system.is_current():
@@ -618,6 +631,14 @@ class PlacementNode(Verbs):
         self._postbox.handled(handled)
         with suppress(OutcomeUnknown):
             handled.get(timeout=self._left_s(until_ns))
+
+    def _linger(self, until_ns: int) -> None:
+        """Give back what is still sent here, until others know that it has left."""
+        wanted_s = self._engine.transport.linger_s(self.settings.renew_every_s)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self.is_dead, min(wanted_s, self._left_s(until_ns))
+            )
 
     def _end_killed(self, until_ns: int) -> None:
         self._die(until_ns)
@@ -690,12 +711,19 @@ class PlacementNode(Verbs):
             ValueError: `timeout` is none.
             PlacementError: it cannot be, by the reason's own class.
         """
+        if timeout is None:
+            try:
+                known = self._known(identity, self._now_ns())
+            except TypeError:  # no text at all: what is below says so
+                known = None
+            if known is not None:
+                return known
         self._sender.may_block()
         timeout = timeout_of(timeout)
         limit = self.settings.ask_timeout if timeout is None else timeout
         future = self.seek(identity, timeout=timeout)
         pid = future.get(timeout=limit + 2)
-        return PlacementResolution(
+        resolution = PlacementResolution(
             identity=pid.identity,
             pid=pid,
             owner=pid.session,
@@ -704,6 +732,8 @@ class PlacementNode(Verbs):
             epoch=self.epoch,
             observed_at_ms=self._engine.clock.wall_ms(),
         )
+        self._outbox.keep(resolution)
+        return resolution
 
     def seek(self, identity: str, *, timeout: float | None = None) -> Future:
         """A future of the `Pid` of `identity`, which is started if it is nowhere.

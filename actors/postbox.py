@@ -4,17 +4,31 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from actors.clients import Clients
 from actors.dispatch import Dispatcher
 from actors.future import Future
 from actors.log import log
-from actors.transport import Transport
+from actors.transport import Origin, Transport
 from messages.codec import BadFrame, Codec
-from messages.frames import Answer, Bounce, Deliver, Failure, Frame
+from messages.frames import (
+    Answer,
+    Bounce,
+    Deliver,
+    Envelope,
+    Failure,
+    Frame,
+    Mark,
+    Resolve,
+)
 from placement.errors import BadMessage
 from placement.event import Happened
 from placement.topology import Address
 
 DEPARTED_MAX = 1_024
+CLIENTS_MAX = 10_000
+
+#: All that a client has to say to a node.
+OF_CLIENTS = (Resolve, Deliver, Mark)
 
 
 class Postbox:
@@ -34,8 +48,9 @@ class Postbox:
         dispatcher: Dispatcher,
         handle: Callable[[Address, Frame], None],
         publish: Callable[[Happened], None],
+        epoch: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._codec = Codec(cluster)
+        self._codec = Codec(cluster, frame_bytes_max=transport.frame_bytes_max)
         self._address = address
         self._transport = transport
         self._dispatcher = dispatcher
@@ -47,12 +62,19 @@ class Postbox:
         self._last_sent = 0
         self._last_seen: dict[str, int] = {}
         self._departed: dict[str, None] = {}
+        self._last_clients: dict[str, None] = {}
+        self._clients = Clients(epoch)
         self._is_open = False
 
-    def open(self) -> None:
-        """Receive from now on."""
+    def open(self, *, is_member: bool = True) -> None:
+        """Receive from now on; a client receives from members only."""
         self._is_open = True
-        self._transport.attach(self._address, self._receive)
+        self._transport.attach(
+            self._address,
+            self._receive,
+            is_member=is_member,
+            publish=self._publish,
+        )
 
     def close(self) -> None:
         """Send and receive no more."""
@@ -87,6 +109,7 @@ class Postbox:
         if to == self._address:
             self._dispatcher.post(self._handle_own, body)
             return True
+        self._clients.answered(to, body)
         with self._lock:
             number = self._last_sent = self._last_sent + 1
             try:
@@ -119,7 +142,7 @@ class Postbox:
 
     def _hand_over(self, to: Address, data: bytes) -> bool:
         try:
-            return self._transport.send(to, data)
+            return self._transport.send(to, data, sender=self._address)
         except Exception as error:  # a transport is another's code
             log.exception("the transport raised", to=to)
             self._publish(
@@ -144,25 +167,65 @@ class Postbox:
             del self._departed[first]
             self._last_seen.pop(first, None)
 
-    def _receive(self, data: bytes) -> None:
-        self._dispatcher.post(self._arrived, data)
+    def _receive(self, data: bytes, origin: Origin | None = None, /) -> None:
+        self._dispatcher.post(self._arrived, data, origin)
 
     def _handle_own(self, body: Frame) -> None:
         if self._is_open:
             self._handle(self._address, body)
 
-    def _arrived(self, data: bytes) -> None:
+    def _arrived(self, data: bytes, origin: Origin | None = None) -> None:
         if not self._is_open:
             return
         try:
             envelope: Any = self._codec.decode(data, receiver=self._address)
+            if origin is not None:
+                _check(origin, envelope)
         except BadFrame as error:
             self._publish(
                 Happened(kind="placement", name="FrameRefused", reason=str(error))
             )
             return
-        if envelope.number <= self._last_seen.get(envelope.sender, 0):
+        sender = envelope.sender
+        if envelope.number <= self._last_seen.get(sender, 0):
             return
-        self._last_seen[envelope.sender] = envelope.number
-        self._departed.pop(envelope.sender, None)
-        self._handle(Address(envelope.sender), envelope.body)
+        self._last_seen[sender] = envelope.number
+        self._departed.pop(sender, None)
+        body = envelope.body
+        if origin is not None and not origin.is_node:
+            body = self._of_client(Address(sender), body, len(data))
+            if body is None:
+                return
+        self._handle(Address(sender), body)
+
+    def _of_client(self, sender: Address, body: Frame, size: int) -> Frame | None:
+        """What to handle of what a client says; none where it is refused."""
+        # The last ones only: no session tells when a client ends.
+        self._last_clients.pop(sender, None)
+        self._last_clients[sender] = None
+        if len(self._last_clients) > CLIENTS_MAX:
+            first = next(iter(self._last_clients))
+            del self._last_clients[first]
+            self._last_seen.pop(first, None)
+        now_ns = self._dispatcher.now_ns()
+        refusal = self._clients.refuse(sender, body, size=size, now_ns=now_ns)
+        if refusal is None:
+            return self._clients.tame(body, now_ns)
+        self.send(sender, refusal)
+        self._publish(
+            Happened(kind="placement", name="ClientRefused", reason=f"from {sender}")
+        )
+        return None
+
+
+def _check(origin: Origin, envelope: Envelope) -> None:
+    """Refuse who speaks as another, or as a node and is none.
+
+    Raises:
+        BadFrame: it does.
+    """
+    if envelope.sender != origin.address:
+        raise BadFrame(f"{origin.address!r} speaks as {envelope.sender!r}")
+    if not origin.is_node and not isinstance(envelope.body, OF_CLIENTS):
+        name = type(envelope.body).__name__
+        raise BadFrame(f"{name}: {origin.address!r} is a client, and may not say that")

@@ -12,9 +12,11 @@ from typing import Any, Protocol
 
 from actors.future import Future
 from actors.kind import Kind
+from actors.node import PlacementNode
 from actors.requests import Request, Requests
 from actors.tally import DurableTally, Tally
 from actors.witness import ActivationWitness
+from placement.entry import Pid
 from placement.errors import OutcomeUnknown, PlacementError
 
 WINDOW = 400
@@ -129,6 +131,34 @@ class Target(Protocol):
 
     def kill_node(self, name: str) -> None:
         """End one as a crash would."""
+
+
+class RunningNodes:
+    """Nodes of other processes, which come and go without the run."""
+
+    def __init__(self, entry: PlacementNode) -> None:
+        self._entry = entry
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The members that are known now."""
+        return tuple(member.node for member in self._entry.topology.members)
+
+    def ref(self, identity: str) -> Any:
+        """A reference."""
+        return self._entry.ref(identity)
+
+    def add_node(self, name: str) -> Any:
+        """Refuse it."""
+        raise BadRun(f"{name}: nodes that run already start by `placement node`")
+
+    def remove_node(self, name: str) -> None:
+        """Refuse it."""
+        raise BadRun(f"{name}: nodes that run already are stopped by a signal")
+
+    def kill_node(self, name: str) -> None:
+        """Refuse it."""
+        raise BadRun(f"{name}: nodes that run already are killed by a signal")
 
 
 @dataclass(slots=True)
@@ -329,10 +359,34 @@ def summary(
     }
 
 
+def summary_of_running(
+    outcome: Outcome,
+    requests: Requests,
+    witness: ActivationWitness | None,
+    nodes: Sequence[str],
+) -> dict[str, Any]:
+    """As `summary`, of what other processes did; null where nobody has written it."""
+    if witness is not None:
+        found = summary(outcome, witness, nodes)
+    else:
+        found = summary(outcome, ActivationWitness(), nodes)
+        found["activations"] = found["double_activations"] = None
+        found["per_node"] = {}
+    found["identities"] = len({request.identity for request in requests})
+    return found
+
+
 def write_report(
-    path: Path, requests: Requests, outcome: Outcome, witness: ActivationWitness
+    path: Path,
+    requests: Requests,
+    outcome: Outcome,
+    witness: ActivationWitness | None,
+    *,
+    where: Callable[[str], Pid | None] = lambda _: None,
 ) -> None:
     """One line an identity, sorted; written aside and moved into place whole.
+
+    Without a witness `where` tells who owns an identity now.
 
     Raises:
         OSError: it cannot be written.
@@ -340,13 +394,14 @@ def write_report(
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
         for identity in sorted({request.identity for request in requests}):
-            seen = witness.of(identity)
+            seen = None if witness is None else witness.of(identity)
+            last = where(identity) if seen is None else seen.last
             line = {
                 "identity": identity,
                 "count": outcome.counts.get(identity, 0),
-                "owner": None if seen.last is None else seen.last.node,
-                "fencing_token": None if seen.last is None else seen.last.fencing_token,
-                "activations": seen.activations,
+                "owner": None if last is None else last.node,
+                "fencing_token": None if last is None else last.fencing_token,
+                "activations": None if seen is None else seen.activations,
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     part.replace(path)

@@ -13,8 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from placement.entry import Pid
+from placement.identity import Identity
+from placement.topology import SessionId
 
 _NOTED_MAX = 1_000_000
+
+
+def machine_ns() -> int:
+    """The clock that all processes of a machine share."""
+    return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 @dataclass(slots=True)
@@ -25,6 +32,10 @@ class Witnessed:
     activations: int = 0
     handled: int = 0
     last: Pid | None = None
+
+
+class BadWitness(ValueError):
+    """A file that witnesses have not written."""
 
 
 class ActivationWitness:
@@ -135,9 +146,7 @@ class ActivationWitness:
     def _write(self, what: str, pid: Pid) -> None:
         assert self._file is not None
         line = {
-            "at_ns": time.clock_gettime_ns(
-                getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-            ),
+            "at_ns": machine_ns(),
             "what": what,
             "identity": pid.identity,
             "session": pid.session,
@@ -146,3 +155,54 @@ class ActivationWitness:
         with self._lock:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+
+
+class FileWitness(ActivationWitness):
+    """What the processes of a machine have written to one file, in its order of time.
+
+    Counts what was seen from `since_ns` of the machine's clock on; doubles, of all
+    that is there. A process that was killed says so to nobody: its activations are
+    over when a later one starts, and doubles if they handle a message after that;
+    so is one that starts under a token that is not greater.
+
+    Raises:
+        BadWitness: it is not such a file.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path, *, since_ns: int = 0) -> None:
+        super().__init__()
+        self._is_counted = False
+        lines: list[tuple[int, str, Pid]] = []
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith("\n"):
+                    break  # whoever wrote it was killed meanwhile
+                try:
+                    found = json.loads(line)
+                    pid = Pid(
+                        Identity.parse(found["identity"]),
+                        SessionId(found["session"]),
+                        found["fencing_token"],
+                    )
+                    lines.append((found["at_ns"], found["what"], pid))
+                except (ValueError, KeyError, TypeError):
+                    raise BadWitness(f"{path}, line {number}: no witness") from None
+        for at_ns, what, pid in sorted(lines, key=lambda each: each[0]):
+            self._is_counted = at_ns >= since_ns
+            self._take_in(what, pid)
+
+    def _take_in(self, what: str, pid: Pid) -> None:
+        seen = self._seen.setdefault(pid.identity, Witnessed())
+        last = seen.last
+        match what:
+            case "started":
+                is_later = last is None or pid.fencing_token > last.fencing_token
+                self._double_count += not is_later
+                seen.last = pid
+                seen.activations += self._is_counted
+                self._activations[pid.node] += self._is_counted
+            case "handled":
+                self._double_count += last is not None and pid != last
+                seen.handled += self._is_counted
+                self._handled_by[pid.node] += self._is_counted

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+import actors.nats_connection as connection_module
 from actors.nats_connection import (
     BadNatsUrl,
     ConnectionEvent,
@@ -71,6 +72,7 @@ def await_fact(fact: Callable[[], object], *, within_s: float = 15.0) -> None:
         ("nats://host?colour=red", "unknown option 'colour'"),
         ("nats://host?tls=maybe", "tls must be true or false"),
         ("nats://host?creds=", "option creds has no value"),
+        ("nats://host?inbox=a.*", "inbox is no subject"),
         ("nats://host?nkey=a&nkey=b", "option nkey is given twice"),
         (f"nats://{SECRET}@host?token=b", "the token is given twice"),
         (f"nats://u:{SECRET}@host?creds=a", "user and creds are given"),
@@ -171,6 +173,8 @@ def test_one_wake_up_hands_over_many_frames(server: NatsServer) -> None:
 
 def test_a_full_outbound_buffer_is_a_failure_that_is_seen(server: NatsServer) -> None:
     with connected(server.url, outbound_bytes_max=1_000) as connection:
+        events: list[ConnectionEvent] = []
+        connection.listen(events.append)
         hold = threading.Event()
         connection._soon(lambda: hold.wait(10))
         outcomes = [connection.publish("full", b"x" * 100) for _ in range(20)]
@@ -178,6 +182,7 @@ def test_a_full_outbound_buffer_is_a_failure_that_is_seen(server: NatsServer) ->
         connection.flush()
         assert outcomes == [True] * 10 + [False] * 10
         assert connection.counts["frames refused: outbound buffer full"] == 10
+        assert [event.name for event in events] == ["OutboundFull"]
         assert connection.publish("full", b"x" * 1_000)
 
 
@@ -192,6 +197,22 @@ def test_a_frame_that_the_server_does_not_take_is_lost_alone() -> None:
                 assert connection.publish("size", data)
             await_fact(lambda: got == [b"a", b"b"])
             assert [event.name for event in events] == ["OutboundLost"]
+
+
+def test_a_message_that_its_reader_has_no_room_for_is_seen(
+    server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "INBOUND_MESSAGES_MAX", 1)
+    with connected(server.url) as connection:
+        events: list[ConnectionEvent] = []
+        got: list[bytes] = []
+        connection.listen(events.append)
+        connection.subscribe("slow", lambda _, data: got.append(data))
+        for _ in range(50):
+            assert connection.publish("slow", b"x")
+        await_fact(lambda: len(got) + connection.counts["SlowConsumer"] == 50)
+        assert {event.name for event in events} == {"SlowConsumer"}
+        assert connection.is_connected
 
 
 def test_it_heals_by_itself_and_repeats_nothing(server: NatsServer) -> None:

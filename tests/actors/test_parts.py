@@ -495,7 +495,9 @@ def test_a_frame_that_is_too_large_is_refused_to_whoever_sent_or_asked() -> None
 
 def test_a_transport_that_raises_has_lost_the_frame_and_ends_nobody() -> None:
     class Raising(InProcessTransport):
-        def send(self, address: Address, data: bytes) -> bool:
+        def send(
+            self, address: Address, data: bytes, *, sender: Address | None = None
+        ) -> bool:
             raise OSError("no network")
 
     dispatcher = ThreadDispatcher("t", CLOCK)

@@ -1519,6 +1519,30 @@ def test_a_bucket_with_the_settings_that_are_relied_on_is_used(
         assert store.renew_session(A, 1) is not None
 
 
+@pytest.mark.parametrize("answer", ["no suitable peers", "none"])
+def test_servers_that_do_not_see_each_other_yet_are_asked_again(
+    answer: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api_of = Bucket._api
+    verbs: list[str] = []
+
+    async def api_that_begins(bucket: Bucket, verb: str, *more: Any) -> bytes:
+        verbs.append(verb)
+        if verb != "CREATE" or verbs.count("CREATE") > 2:
+            return await api_of(bucket, verb, *more)
+        if answer == "none":
+            raise NoAnswer("simulated: no answer in time")
+        error = {"code": 400, "err_code": 10005, "description": answer}
+        return json.dumps({"error": error}).encode()
+
+    monkeypatch.setattr(Bucket, "_api", api_that_begins)
+
+    with closing(open_store(url)) as store:
+        open_session(store, A)
+
+    assert verbs.count("CREATE") == 3
+
+
 def test_checking_creates_no_bucket(url: str) -> None:
     check_store(url)
 

@@ -1,0 +1,290 @@
+"""`placement resolve`, `ask`, `tell` and `status`: talk to running nodes."""
+
+import json
+import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import click
+import msgspec
+
+from actors.engine import Settings
+from actors.engine_url import open_engine
+from actors.nats_connection import NatsFailure
+from actors.node import PlacementNode
+from actors.store_url import check_store
+from placement.contracts import StoreFailure
+from placement.errors import PlacementError
+from placement.identity import Identity
+
+FAILED, WRONG = 1, 2
+
+
+class BadPayload(ValueError):
+    """A payload of the command line that is no JSON, or cannot be a message."""
+
+
+def check_place(store: str | None) -> None:
+    """Refuse a store that cannot be one, where it is not the engine's own.
+
+    Raises:
+        BadStore: it cannot.
+    """
+    if store is not None:
+        check_store(store)
+
+
+@contextmanager
+def entry_to(
+    engine: str, store: str | None, settings: Settings, *, name: str | None = None
+) -> Iterator[PlacementNode]:
+    """A client of the cluster at `engine`, by that cluster's own settings.
+
+    Raises:
+        ValueError: a name or URL makes no sense, or the cluster cannot be joined.
+        NatsFailure: NATS cannot be reached, or refuses.
+        StoreFailure: the store cannot be opened.
+        PlacementError: the members could not be read in time.
+    """
+    check_place(store)
+    opened = open_engine(engine, store, settings, adopts=True)
+    try:
+        node = PlacementNode(
+            name or f"client-{secrets.token_hex(4)}",
+            engine=opened,
+            settings=opened.settings,
+        )
+        try:
+            node.start_client()
+            yield node
+        finally:
+            node.stop()
+    finally:
+        opened.close()
+
+
+def wrong(message: str) -> click.exceptions.Exit:
+    """Say what is wrong with the usage or the place; the exit that follows."""
+    click.echo(f"placement: {message}", err=True)
+    return click.exceptions.Exit(WRONG)
+
+
+@contextmanager
+def _entry(
+    engine: str, store: str | None, cluster: str, limit: float, name: str | None
+) -> Iterator[PlacementNode]:
+    """As `entry_to`; what is wrong with the start is said in one sentence."""
+    with ExitStack() as stack:
+        try:
+            settings = Settings(cluster=cluster, ask_timeout=limit)
+            node = stack.enter_context(entry_to(engine, store, settings, name=name))
+        except (ValueError, NatsFailure, StoreFailure, PlacementError) as error:
+            raise wrong(str(error)) from None
+        yield node
+
+
+def _place_options(command: Any) -> Any:
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="One JSON object."),
+        click.option("--timeout", default=10.0, show_default=True, help="Seconds."),
+        click.option("--cluster", default="default", show_default=True),
+        click.option("--store", help="Store URL; unless given, the engine's own."),
+        click.option("--engine", required=True, help="nats://host:4222"),
+    ):
+        command = option(command)
+    return command
+
+
+def _client_options(command: Any) -> Any:
+    name = click.option("--name", help="Under which it is known to the nodes.")
+    return _place_options(name(command))
+
+
+def _say(found: dict[str, Any], *, as_json: bool) -> None:
+    # msgspec's, since an answer may hold bytes.
+    if as_json:
+        click.echo(msgspec.json.encode(found))
+        return
+    for name, value in found.items():
+        text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        click.echo(f"{name}: {text}")
+
+
+def _refused(error: PlacementError, *, as_json: bool) -> click.exceptions.Exit:
+    name = type(error).__name__
+    if as_json:
+        _say({"error": name, "message": str(error)}, as_json=True)
+    else:
+        click.echo(f"placement: {name}: {error}", err=True)
+    return click.exceptions.Exit(FAILED)
+
+
+def _payload(text: str | None) -> Any:
+    if text is None:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadPayload(f"PAYLOAD is not JSON: {error}") from None
+
+
+@click.command("resolve")
+@click.argument("identity")
+@_client_options
+def resolve_command(
+    identity: str,
+    *,
+    engine: str,
+    store: str | None,
+    cluster: str,
+    name: str | None,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Say where IDENTITY is; it is started if it is nowhere."""
+    try:
+        Identity.parse(identity)
+    except ValueError as error:
+        raise wrong(str(error)) from None
+    with _entry(engine, store, cluster, timeout, name) as node:
+        try:
+            found = node.resolve(identity)
+        except PlacementError as error:
+            raise _refused(error, as_json=as_json) from None
+        _say(
+            {
+                "identity": str(found.identity),
+                "pid": str(found.pid),
+                "owner": found.owner,
+                "locality": found.locality,
+                "fencing_token": found.fencing_token,
+                "epoch": found.epoch,
+                "observed_at_ms": found.observed_at_ms,
+            },
+            as_json=as_json,
+        )
+
+
+@click.command("ask")
+@click.argument("identity")
+@click.argument("payload", required=False)
+@click.option("--request-id", default="", help="The same for the same request.")
+@_client_options
+def ask_command(
+    identity: str,
+    payload: str | None,
+    *,
+    request_id: str,
+    engine: str,
+    store: str | None,
+    cluster: str,
+    name: str | None,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Send PAYLOAD, which is JSON, to IDENTITY, and print its answer."""
+    try:
+        Identity.parse(identity)
+        message = _payload(payload)
+    except ValueError as error:
+        raise wrong(str(error)) from None
+    with _entry(engine, store, cluster, timeout, name) as node:
+        try:
+            answer = node.ref(identity).ask(message, request_id=request_id)
+            found = node.resolve(identity)
+        except PlacementError as error:
+            raise _refused(error, as_json=as_json) from None
+        if as_json:
+            _say(
+                {
+                    "answer": answer,
+                    "owner": found.owner,
+                    "fencing_token": found.fencing_token,
+                },
+                as_json=True,
+            )
+        else:
+            click.echo(msgspec.json.encode(answer))
+
+
+@click.command("tell")
+@click.argument("identity")
+@click.argument("payload", required=False)
+@click.option("--request-id", default="", help="The same for the same request.")
+@_client_options
+def tell_command(
+    identity: str,
+    payload: str | None,
+    *,
+    request_id: str,
+    engine: str,
+    store: str | None,
+    cluster: str,
+    name: str | None,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Send PAYLOAD, which is JSON, to IDENTITY, at most once."""
+    try:
+        Identity.parse(identity)
+        message = _payload(payload)
+    except ValueError as error:
+        raise wrong(str(error)) from None
+    with _entry(engine, store, cluster, timeout, name) as node:
+        try:
+            # Before it is told: what is held when this ends would go nowhere.
+            found = node.resolve(identity)
+            node.ref(identity).tell(message, request_id=request_id)
+        except PlacementError as error:
+            raise _refused(error, as_json=as_json) from None
+        _say({"told": str(found.identity), "owner": found.owner}, as_json=as_json)
+
+
+@click.command("status")
+@_place_options
+def status_command(
+    *,
+    engine: str,
+    store: str | None,
+    cluster: str,
+    timeout: float,
+    as_json: bool,
+) -> None:
+    """Say who the members are; what runs on each only they know."""
+    try:
+        check_place(store)
+        settings = Settings(cluster=cluster, ask_timeout=timeout)
+        opened = open_engine(engine, store, settings, adopts=True)
+        try:
+            view = opened.store.read_sessions()
+            observed_at_ms = opened.clock.wall_ms()
+            counts = opened.table(view.topology).counts()
+        finally:
+            opened.close()
+    except (ValueError, NatsFailure, StoreFailure) as error:
+        raise wrong(str(error)) from None
+    # The last one that left may still be named.
+    closed = {record.session for record in view.sessions if record.closed}
+    members = [each for each in view.topology.members if each.session not in closed]
+    _say(
+        {
+            "state": "running" if members else "no members",
+            "epoch": view.topology.epoch,
+            "members": [member.node for member in members],
+            "partitions": {str(session): count for session, count in counts.items()},
+            "activations": None,
+            "stuck": None,
+            "nodes": {
+                member.node: {
+                    "session": member.session,
+                    "kinds": list(member.kinds),
+                    "weight": member.weight,
+                    "draining": member.draining,
+                }
+                for member in members
+            },
+            "observed_at_ms": observed_at_ms,
+        },
+        as_json=as_json,
+    )

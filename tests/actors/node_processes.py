@@ -1,0 +1,115 @@
+"""Real node processes for tests, ended for sure."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PLACEMENT = [sys.executable, "-c", "from actors.main import main; main()"]
+READY_WITHIN_S = 30.0
+
+
+def await_fact(fact: Callable[[], object], *, within_s: float = 30.0) -> None:
+    until_s = time.monotonic() + within_s
+    while not fact():
+        assert time.monotonic() < until_s, "it did not come true"
+        time.sleep(0.01)
+
+
+def placement(
+    *args: str, timeout_s: float = 60, env: dict[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command to its end."""
+    return subprocess.run(
+        [*PLACEMENT, *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout_s,
+        env={**os.environ, **(env or {})},
+    )
+
+
+class Process:
+    """One long-running command."""
+
+    def __init__(self, folder: Path, name: str, *args: str) -> None:
+        self.name = name
+        self.args = args
+        self._out = folder / f"{name}.out"
+        self._err = folder / f"{name}.err"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text()
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def launch(self) -> None:
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self._process = subprocess.Popen(
+                [*PLACEMENT, *self.args],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    def start(self) -> "Process":
+        self.launch()
+        self.await_ready()
+        return self
+
+    def await_ready(self) -> None:
+        assert self._process is not None
+        process = self._process
+        await_fact(
+            lambda: "ready" in self.out or process.poll() is not None,
+            within_s=READY_WITHIN_S,
+        )
+        assert process.poll() is None, self.err
+
+    def ready(self) -> dict[str, object]:
+        found: dict[str, object] = json.loads(self.out.splitlines()[0])
+        return found
+
+    def signal(self, number: int) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+
+    def wait(self, timeout_s: float = 60) -> int:
+        assert self._process is not None
+        return self._process.wait(timeout_s)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            with suppress(OSError):
+                self._process.send_signal(signal.SIGCONT)
+            self._process.kill()
+            self._process.wait()
+
+
+@contextmanager
+def ended(*processes: Process) -> Iterator[None]:
+    """Have none of them left afterwards."""
+    try:
+        yield
+    finally:
+        for each in processes:
+            each.kill()

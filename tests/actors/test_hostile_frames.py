@@ -1,0 +1,340 @@
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+
+import actors.clients as clients_module
+from actors import Grain
+from actors.clients import (
+    BELIEVED_EVERY_NS,
+    BYTES_MAX,
+    NAMES_MAX,
+    REQUESTS_MAX,
+    RESOLUTIONS_MAX,
+    Clients,
+)
+from actors.engine import Settings
+from actors.engine_nats import NatsEngine
+from actors.nats_connection import NatsConnection, parse_nats_url
+from actors.node import PlacementNode
+from actors.postbox import OF_CLIENTS
+from actors.store_memory import MemoryStore
+from actors.transport_nats import subject_of
+from messages.codec import BadFrame, Codec
+from messages.frames import (
+    Answer,
+    Deliver,
+    Failure,
+    Frame,
+    Mark,
+    Marked,
+    Refused,
+    Resolve,
+    Resolved,
+)
+from messages.pack import unpack
+from placement.errors import Overloaded
+from placement.topology import Address
+from tests.actors.actors_under_test import Echo
+from tests.actors.nats_servers import NatsServer, nats_server
+from tests.actors.node_processes import Process, await_fact, ended, placement
+
+GOLDEN = [
+    bytes.fromhex(path.read_text())
+    for path in sorted((Path(__file__).parents[1] / "data" / "frames").glob("*.hex"))
+]
+HOSTILE = Address("mallory.1")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[NatsServer]:
+    with nats_server() as started:
+        yield started
+
+
+def hostile(chance: random.Random, to: Address, cluster: str) -> bytes:
+    """Bytes that a stranger might send; the same for the same chance."""
+    match chance.randrange(8):
+        case 0:
+            return chance.randbytes(chance.randrange(200))
+        case 1:
+            mutated = bytearray(chance.choice(GOLDEN))
+            for _ in range(chance.randrange(1, 4)):
+                mutated[chance.randrange(len(mutated))] = chance.randrange(256)
+            return bytes(mutated)
+        case 2:
+            return b"\x91" * chance.randrange(1, 5_000) + b"\xc0"
+        case 3:  # lengths that are not there
+            return chance.choice((b"\xdd", b"\xdb", b"\xc6", b"\xdf")) + b"\xff" * 4
+        case 4:
+            version = chance.choice((0, 2, 99, -1, 1 << 63))
+            return bytes(msgpack.packb((version, cluster, HOSTILE, to, 1, [19, 1])))
+        case 5:
+            data = Codec("other").encode(HOSTILE, to, 1, Mark("k/x", 1, 1))
+            return data[: chance.randrange(1, len(data) + 1)]
+        case 6:  # another's name
+            body = Mark("k/x", 1, chance.randrange(9))
+            return Codec(cluster).encode("somebody.1", to, 1, body)
+        case _:
+            return b"\xc1" + chance.randbytes(chance.randrange(60))
+
+
+def refused_in(data: bytes, to: Address, cluster: str, *, is_node: bool) -> int:
+    """How many refusals `data` must lead to."""
+    codec, count = Codec(cluster), 0
+    try:
+        frames = unpack(data)
+    except BadFrame:
+        return 1
+    for frame in frames:
+        try:
+            envelope = codec.decode(frame, receiver=to)
+        except BadFrame:
+            count += 1
+            continue
+        is_said = is_node or isinstance(envelope.body, OF_CLIENTS)
+        count += envelope.sender != HOSTILE or not is_said
+    return count
+
+
+def test_ten_thousand_hostile_frames_are_each_refused_and_counted(
+    server: NatsServer,
+) -> None:
+    settings = Settings(cluster="hostile", ttl=2.0)
+    engine = NatsEngine(server.url, MemoryStore(), settings=settings)
+    with (
+        closing(engine),
+        PlacementNode(
+            "node", kinds={"echo": Echo}, engine=engine, settings=settings
+        ) as node,
+        closing(NatsConnection.open(parse_nats_url(server.url))) as stranger,
+    ):
+        node.start_member()
+        session = node.session
+        chance, expected = random.Random(7), 0
+        for number in range(10_000):
+            is_node = number % 2 == 0
+            data = hostile(chance, node.address, "hostile")
+            expected += refused_in(data, node.address, "hostile", is_node=is_node)
+            subject = subject_of("hostile", node.address, HOSTILE, is_node=is_node)
+            await_fact(lambda: stranger.publish(subject, data))  # noqa: B023
+        stranger.flush()
+        await_fact(lambda: node.events.counts["FrameRefused"] >= expected)
+
+        assert node.events.counts["FrameRefused"] == expected > 9_000
+        assert node.ref("echo/1").ask("still here") == "still here"
+        assert node.session == session
+
+
+def test_a_repeated_frame_is_handled_once(server: NatsServer) -> None:
+    settings = Settings(cluster="repeated", ttl=2.0)
+    engine = NatsEngine(server.url, MemoryStore(), settings=settings)
+    got: list[bytes] = []
+    with (
+        closing(engine),
+        PlacementNode("node", engine=engine, settings=settings) as node,
+        closing(NatsConnection.open(parse_nats_url(server.url))) as client,
+    ):
+        node.start_member()
+        client.subscribe(
+            subject_of("repeated", HOSTILE, node.address, is_node=True),
+            lambda _, data: got.extend(unpack(data)),
+        )
+        subject = subject_of("repeated", node.address, HOSTILE, is_node=False)
+        codec = Codec("repeated")
+        again = codec.encode(HOSTILE, node.address, 1, Mark("k/x", 1, 1))
+        for _ in range(500):
+            assert client.publish(subject, again)
+        last = codec.encode(HOSTILE, node.address, 2, Mark("k/x", 1, 2))
+        assert client.publish(subject, last)
+        await_fact(lambda: len(got) >= 2)
+
+        bodies = [codec.decode(data, receiver=HOSTILE).body for data in got]
+        assert bodies == [Marked("k/x", 1, 1), Marked("k/x", 1, 2)]
+
+
+def resident_kib(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1])
+    raise AssertionError("the system does not say")
+
+
+def test_memory_stays_flat_and_service_goes_on_under_hostile_frames(
+    server: NatsServer, tmp_path: Path
+) -> None:
+    cluster = "flat"
+    where = ["--engine", server.url, "--cluster", cluster]
+    node = Process(
+        tmp_path,
+        "node",
+        *("node", "one", *where, "--json"),
+        *("--kind", "echo=tests.actors.actors_under_test:Echo"),
+    )
+    codec = Codec(cluster)
+    with (
+        ended(node),
+        closing(NatsConnection.open(parse_nats_url(server.url))) as stranger,
+    ):
+        session = str(node.start().ready()["session"])
+        to = Address(session.partition("#")[0])
+        chance = random.Random(11)
+        numbers = iter(range(1, 1_000_000))
+
+        def flood(count: int) -> None:
+            for number in range(count):
+                is_node = number % 2 == 0
+                subject = subject_of(cluster, to, HOSTILE, is_node=is_node)
+                data = hostile(chance, to, cluster)
+                await_fact(lambda: stranger.publish(subject, data))  # noqa: B023
+            # And what a client may say, without an end: of members to come, to
+            # be kept for years.
+            subject = subject_of(cluster, to, HOSTILE, is_node=False)
+            for _ in range(count):
+                number = next(numbers)
+                resolve = Resolve(number, f"nobody/{number}", 1 << 60, 1 << 60)
+                data = codec.encode(HOSTILE, to, number, resolve)
+                await_fact(lambda: stranger.publish(subject, data))  # noqa: B023
+            stranger.flush(timeout_s=30)
+
+        flood(12_000)
+        assert placement("ask", "echo/mine", "1", *where).returncode == 0
+        before = resident_kib(node.pid)
+        flood(12_000)
+        asked = placement("ask", "echo/mine", '"still here"', *where, "--json")
+        assert asked.returncode == 0, asked.stderr
+        assert '"still here"' in asked.stdout
+        assert session in asked.stdout
+        assert resident_kib(node.pid) - before < 16 << 10
+
+
+class Held(Grain):
+    """Comes back from no turn before it is let go."""
+
+    let_go = threading.Event()
+
+    def on_receive(self, message: Any) -> Any:
+        self.let_go.wait(30)
+        return message
+
+
+def test_a_client_that_asks_too_much_at_once_hears_overloaded(
+    server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clients_module, "REQUESTS_MAX", 5)
+    settings = Settings(cluster="asks", ttl=5.0)
+    store = MemoryStore()
+    engines = [NatsEngine(server.url, store, settings=settings) for _ in range(2)]
+    with (
+        closing(engines[0]),
+        closing(engines[1]),
+        PlacementNode(
+            "node", kinds={"held": Held}, engine=engines[0], settings=settings
+        ) as node,
+        PlacementNode("client", engine=engines[1], settings=settings) as client,
+    ):
+        node.start_member()
+        client.start_client()
+        client.resolve("held/1")
+        futures = [client.ref("held/1").ask(n, block=False) for n in range(7)]
+        refused = []
+        for number in (5, 6):
+            with pytest.raises(Overloaded) as overloaded:
+                futures[number].get(timeout=10)
+            refused.append(overloaded.value)
+        assert all("waits for 5 answers already" in str(each) for each in refused)
+        assert node.events.counts["ClientRefused"] == 2
+        Held.let_go.set()
+        assert [each.get(timeout=10) for each in futures[:5]] == list(range(5))
+        assert client.ref("held/1").ask("again") == "again"
+
+
+# --- what a node bears of clients ---
+
+ALICE, BOB = Address("alice.1"), Address("bob.1")
+
+
+def deliver(number: int) -> Deliver:
+    return Deliver("k/x", 1, number, None, "", 1_000, ())
+
+
+def test_one_client_waits_for_so_many_answers_and_no_other_suffers() -> None:
+    clients = Clients(lambda: 5)
+
+    def refused(sender: Address, body: Frame, now_ns: int = 0) -> Any:
+        return clients.refuse(sender, body, size=100, now_ns=now_ns)
+
+    for number in range(1, REQUESTS_MAX + 1):
+        # Another start of it is the same client.
+        sender = Address(f"alice.{number % 3}")
+        assert refused(sender, deliver(number)) is None
+    failure = refused(ALICE, deliver(0xFFFF_FFFF))
+    assert isinstance(failure, Failure)
+    assert failure.reason == "Overloaded"
+    refusal = refused(ALICE, Resolve(1, "k/x", 0, 1_000))
+    assert isinstance(refusal, Refused)
+    assert (refusal.request, refusal.reason) == (1, "Pending")
+    assert refused(BOB, deliver(1)) is None
+    # What wants no answer is not counted here: inboxes bound it.
+    assert refused(ALICE, deliver(0)) is None
+    assert refused(ALICE, Mark("k/x", 1, 1)) is None
+
+    clients.answered(Address("alice.2"), Answer(2, None, 1))
+    assert refused(ALICE, Resolve(1, "k/x", 0, 1_000)) is None
+    assert refused(ALICE, Resolve(2, "k/x", 0, 1_000)) is not None
+    clients.answered(ALICE, Resolved(1, "k/x", "a.1#1", 1))
+    assert refused(ALICE, Resolve(2, "k/x", 0, 1_000)) is None
+    # What was never answered is over with its own time.
+    assert refused(ALICE, deliver(1), 999_999_999) is not None
+    assert refused(ALICE, deliver(1), 1_000_000_000) is None
+
+
+def test_one_client_has_so_many_resolutions_at_once() -> None:
+    clients = Clients(lambda: 5)
+    for number in range(RESOLUTIONS_MAX):
+        resolve = Resolve(number, "k/x", 0, 10)
+        assert clients.refuse(ALICE, resolve, size=1, now_ns=0) is None
+    refusal = clients.refuse(ALICE, Resolve(9_999, "k/x", 0, 10), size=1, now_ns=0)
+    assert isinstance(refusal, Refused)
+    assert refusal.reason == "Pending"
+    assert clients.refuse(ALICE, deliver(1), size=1, now_ns=0) is None
+    clients.answered(ALICE, Refused(3, "k/x", "NotReady", ""))
+    resolve = Resolve(9_999, "k/x", 0, 10)
+    assert clients.refuse(ALICE, resolve, size=1, now_ns=0) is None
+
+
+def test_what_one_client_waits_for_is_bounded_in_bytes() -> None:
+    clients = Clients(lambda: 5)
+    half = BYTES_MAX // 2
+    for number in (1, 2):
+        assert clients.refuse(ALICE, deliver(number), size=half, now_ns=0) is None
+    assert clients.refuse(ALICE, deliver(3), size=1, now_ns=0) is not None
+    clients.answered(ALICE, Failure(1, "NotReady", "", "", {}))
+    assert clients.refuse(ALICE, deliver(3), size=1, now_ns=0) is None
+
+
+def test_nothing_is_kept_of_a_client_that_waits_for_nothing() -> None:
+    clients = Clients(lambda: 5)
+    assert clients.refuse(ALICE, deliver(1), size=1, now_ns=0) is None
+    clients.answered(ALICE, Answer(1, None, 1))
+    assert clients._clients == {}
+    for number in range(NAMES_MAX + 50):
+        sender = Address(f"client-{number}.1")
+        assert clients.refuse(sender, deliver(1), size=1, now_ns=0) is None
+    assert len(clients._clients) == NAMES_MAX
+
+
+def test_a_client_has_the_members_read_now_and_then_only() -> None:
+    clients = Clients(lambda: 5)
+    newer, known = Resolve(1, "k/x", 6, 10), Resolve(1, "k/x", 5, 10)
+    now_ns = BELIEVED_EVERY_NS
+
+    assert clients.tame(newer, now_ns) == newer
+    assert clients.tame(newer, now_ns + 1) == known
+    assert clients.tame(known, now_ns + 1) is known
+    assert clients.tame(newer, now_ns + BELIEVED_EVERY_NS) == newer
