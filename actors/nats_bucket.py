@@ -35,6 +35,7 @@ _NO_MESSAGE = 10037
 _NO_STREAM = 10059
 _STREAM_EXISTS = 10058
 _OFF = (10035, 10039, 10076)  # no JetStream: for the account, or at all
+_NO_PEERS = 10005  # as many servers as replicas, of those that are seen just now
 _UNAVAILABLE, _TOO_MANY = 503, 429
 _ANSWERS_MAX = 1 << 20
 _ANSWER_BYTES_MAX = 1 << 30
@@ -384,7 +385,7 @@ class Bucket:
         text = f"{self._where}: {error.description}"
         if error.err_code in _OFF:
             return JetStreamOff(f"{self._where}: JetStream is off: {error.description}")
-        if error.code in (_UNAVAILABLE, _TOO_MANY):
+        if error.code in (_UNAVAILABLE, _TOO_MANY) or error.err_code == _NO_PEERS:
             return NotNow(text)
         return NotDone(text)
 

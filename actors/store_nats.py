@@ -99,6 +99,7 @@ _REPLICAS_MAX = 5  # JetStream's own
 _TIMEOUT_MS_DEFAULT, _TIMEOUT_MS_MAX = 2_000, 600_000
 
 _CALL_S_MAX = 600.0
+_PREPARE_TRIES = 5
 _PAUSE_S, _PAUSE_S_MAX = 0.002, 0.05
 
 _Result = TypeVar("_Result")
@@ -401,18 +402,22 @@ class NatsStore:
 
         async def work(bucket: Bucket) -> None:
             loop = asyncio.get_running_loop()
-            until = loop.time() + self._timeout_s
+            # Servers that start just now take a while to see each other, and until
+            # then refuse, or do not answer at all.
+            over = loop.time() + _PREPARE_TRIES * self._timeout_s
             while True:
+                until = loop.time() + self._timeout_s
                 try:
                     if creates:
-                        return await bucket.create(replicas=replicas, until=until)
-                    await bucket.look(replicas=replicas, until=until)
-                except NotNow:
-                    if loop.time() >= until:
+                        await bucket.create(replicas=replicas, until=until)
+                    else:
+                        await bucket.look(replicas=replicas, until=until)
+                except (NotNow, NoAnswer):
+                    if loop.time() >= over:
                         raise
                     await asyncio.sleep(_PAUSE_S_MAX)
                 else:
-                    return None
+                    return
 
         try:
             self._call(work)

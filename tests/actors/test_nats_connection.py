@@ -1,5 +1,7 @@
 import asyncio
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -316,3 +318,31 @@ def test_the_loss_of_one_server_of_three_is_survived() -> None:
             await_fact(lambda: connection.is_connected)
             assert connection.publish("three", b"x")
             await_fact(lambda: got == [b"x"])
+
+
+def test_words_of_refusal_that_a_reset_has_swallowed_are_asked_for_again() -> None:
+    info = b'INFO {"server_id":"x","version":"2.15.0","max_payload":1048576}\r\n'
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+
+        def serve() -> None:
+            for number in range(3):
+                peer, _ = listener.accept()
+                with peer:
+                    peer.sendall(info)
+                    peer.recv(4_096)
+                    if number < 2:
+                        # Closing resets the connection then.
+                        no_linger = struct.pack("ii", 1, 0)
+                        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
+                    else:
+                        peer.sendall(b"-ERR 'Authorization Violation'\r\n")
+                        peer.recv(4_096)
+
+        server = threading.Thread(target=serve)
+        server.start()
+        url = parse_nats_url(f"nats://127.0.0.1:{listener.getsockname()[1]}")
+
+        with pytest.raises(NatsRefused, match="refuses the credentials"):
+            NatsConnection.open(url)
+
+        server.join()

@@ -282,7 +282,7 @@ def test_a_batch_has_more_than_64_writes_on_their_way() -> None:
         count_waiting(store, most, lambda: paused.signal(signal.SIGSTOP))
         thread.start()
         until_s = time.monotonic() + 1.5
-        while len(waiting) < 200 and time.monotonic() < until_s:
+        while len(waiting) < 100 and time.monotonic() < until_s:
             time.sleep(0.01)
         on_their_way = len(waiting)
         paused.signal(signal.SIGCONT)
@@ -457,12 +457,14 @@ def test_r3_4_a_big_snapshot_is_read_whole_while_it_is_replaced(
     with closing(store.another()) as other:
         thread = threading.Thread(target=read, args=(other,))
         thread.start()
-        for version in range(2, 40):
+        version, until_s = 1, time.monotonic() + PATIENCE_S
+        while (version < 20 or len(seen) < 20) and time.monotonic() < until_s:
+            version += 1
             saved(store, entry, version, b"%d" % (version % 10) * MIB)
         is_over.set()
         thread.join()
 
-    assert len(seen) > 5
+    assert len(seen) >= 20
     for version, ends in seen:
         assert ends == {b"%d" % (version % 10)}
     assert [version for version, _ in seen] == sorted(version for version, _ in seen)
@@ -1380,7 +1382,7 @@ def test_a_server_that_is_away_is_a_failure_that_surely_did_not_happen() -> None
                 call()
             assert not caught.value.may_have_happened
         # Nobody waits for a server that has been away for longer than that.
-        assert time.monotonic() - begun_s < 0.15
+        assert time.monotonic() - begun_s < 0.4
 
         mortal.start()
         saves = [Save(CART, entry.fencing_token, 1, b"s")]
@@ -1515,6 +1517,30 @@ def test_a_bucket_with_the_settings_that_are_relied_on_is_used(
         assert not full.may_have_happened
         assert loaded(store).record.snapshot == b"x" * 50_000
         assert store.renew_session(A, 1) is not None
+
+
+@pytest.mark.parametrize("answer", ["no suitable peers", "none"])
+def test_servers_that_do_not_see_each_other_yet_are_asked_again(
+    answer: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api_of = Bucket._api
+    verbs: list[str] = []
+
+    async def api_that_begins(bucket: Bucket, verb: str, *more: Any) -> bytes:
+        verbs.append(verb)
+        if verb != "CREATE" or verbs.count("CREATE") > 2:
+            return await api_of(bucket, verb, *more)
+        if answer == "none":
+            raise NoAnswer("simulated: no answer in time")
+        error = {"code": 400, "err_code": 10005, "description": answer}
+        return json.dumps({"error": error}).encode()
+
+    monkeypatch.setattr(Bucket, "_api", api_that_begins)
+
+    with closing(open_store(url)) as store:
+        open_session(store, A)
+
+    assert verbs.count("CREATE") == 3
 
 
 def test_checking_creates_no_bucket(url: str) -> None:
