@@ -106,6 +106,7 @@ class PostgresServer:
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
+                start_new_session=True,  # a signal to all of a run ends the run first
                 **self._as_user,
             )
         until_s = time.monotonic() + STARTS_WITHIN_S
