@@ -30,6 +30,7 @@ listen_addresses = ''
 unix_socket_permissions = 0777
 max_connections = 60
 shared_buffers = 16MB
+dynamic_shared_memory_type = mmap
 autovacuum = off
 fsync = off  # a stopped server loses nothing by that, only a stopped machine would
 """
@@ -105,6 +106,7 @@ class PostgresServer:
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
+                start_new_session=True,  # a signal to all of a run ends the run first
                 **self._as_user,
             )
         until_s = time.monotonic() + STARTS_WITHIN_S
