@@ -5,12 +5,14 @@ A turn that awaits holds the mailbox. What a turn sends after a save leaves only
 when the store has confirmed that save (the output gate).
 """
 
-import inspect
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
+from types import CoroutineType
 from typing import Any, Protocol
+
+import msgspec
 
 from actors.context import Context, Timer
 from actors.dispatch import Dispatcher
@@ -39,6 +41,8 @@ from placement.errors import (
 from placement.event import Happened
 from placement.identity import Identity
 from placement.lease import Guard, Latch
+from placement.registry import Registered
+from placement.topology import SessionId
 
 TURNS_AT_ONCE = 64
 _SAVE_AGAIN_NS = 50_000_000
@@ -63,9 +67,12 @@ class Origin(Protocol):
         """It reached no user code; it may be sent elsewhere."""
 
 
-@dataclass(slots=True, eq=False)
-class Mail:
-    """One message in a mailbox. `number` is the sender's; 0 deadline is none."""
+class Mail(msgspec.Struct, eq=False):
+    """One message in a mailbox. `number` is the sender's; 0 deadline is none.
+
+    What its origin needs to know of it is the origin's: `carried` is the message
+    that it stands for, `future` who waits for the answer, `session` where it is.
+    """
 
     payload: Any
     request_id: str
@@ -75,6 +82,15 @@ class Mail:
     origin: Origin
     number: int = 0
     carried: Any = None
+    future: Future | None = None
+    session: SessionId | None = None
+
+
+class HandledWitness(Protocol):
+    """Sees what is handled."""
+
+    def handled(self, pid: Pid) -> None:
+        """`pid` has handled a message."""
 
 
 class Host(Protocol):
@@ -96,6 +112,8 @@ class Host(Protocol):
 
     ask_timeout: float
     current: "Activation | None"
+    #: Sees each handled message; none is the usual.
+    witness: "HandledWitness | None"
 
     def begun(self, pid: Pid) -> None:
         """User code is about to be entered for the first time."""
@@ -121,15 +139,6 @@ class Host(Protocol):
     def publish(self, happened: Happened) -> None:
         """Tell the subscribers."""
 
-    def handled(self, pid: Pid) -> None:
-        """A message has been handled."""
-
-    def touch(self, pid: Pid, now_ns: int) -> None:
-        """It has been used."""
-
-    def use(self, pid: Pid, now_ns: int, *, is_over: bool) -> None:
-        """It is used from now on, however long; or only until now."""
-
     def send(
         self,
         identity: Identity,
@@ -148,6 +157,8 @@ class Activation(Protocol):
 
     pid: Pid
     guard: Latch
+    #: Where its idle time is counted.
+    registered: Registered[Any] | None
 
     def start(self) -> None:
         """Run its first hook, then report."""
@@ -168,8 +179,7 @@ class Activation(Protocol):
         """The node is gone: end what threads it has, without any hook."""
 
 
-@dataclass(slots=True, eq=False)
-class _Turn:
+class _Turn(msgspec.Struct, eq=False):
     """User code under way: what for, and the coroutine if it has awaited.
 
     `is_long` says that the handling of its mail counts as use until it ends.
@@ -199,9 +209,10 @@ class OutputGate:
 
     version: int
     confirmed: int
-    waiting: deque[tuple[int, Callable[[], None], Callable[[PlacementError], None]]] = (
-        field(default_factory=deque)
-    )
+    # None where nothing has ever waited: an empty deque takes 760 bytes.
+    waiting: (
+        deque[tuple[int, Callable[[], None], Callable[[PlacementError], None]]] | None
+    ) = None
 
     def put(
         self, leave: Callable[[], None], never: Callable[[PlacementError], None]
@@ -209,6 +220,8 @@ class OutputGate:
         """Keep it if a save is not confirmed; false: it may leave now."""
         if self.confirmed >= self.version and not self.waiting:
             return False
+        if self.waiting is None:
+            self.waiting = deque()
         self.waiting.append((self.version, leave, never))
         return True
 
@@ -278,6 +291,7 @@ class GrainActivation:
         self._is_passivating = False
         self._has_begun = False
         self._is_reported = False
+        self.registered: Registered[Any] | None = None
         self.context = Context(self, pid, record.snapshot)
 
     # --- from any thread -----------------------------------------------------
@@ -355,9 +369,9 @@ class GrainActivation:
     def _surface_of(self, grain: Any) -> Surface:
         return Surface.of(type(grain))
 
-    def _enter(self) -> bool:
-        """Go into user code; false: the guard says no."""
-        if not self.guard.is_open(self._host.now_ns()):
+    def _enter(self, now_ns: int) -> bool:
+        """Go into user code; false: the guard says no. The clock was read just now."""
+        if not self.guard.is_open(now_ns):
             return False
         running.activation = self
         self._host.current = self
@@ -379,7 +393,7 @@ class GrainActivation:
     def _start(self) -> None:
         if self._state != "starting":
             return
-        if not self._enter():
+        if not self._enter(self._host.now_ns()):
             self._lapse()
             return
         self._turn = turn = _Turn("activate")
@@ -431,7 +445,7 @@ class GrainActivation:
         if mail.deadline_ns and mail.deadline_ns <= now_ns:
             mail.origin.failed(mail, Pending("its time was over before it was handled"))
             return
-        if not self._enter():
+        if not self._enter(now_ns):
             self._mailbox.appendleft(mail)
             self._lapse()
             if self._is_sealed:
@@ -443,11 +457,12 @@ class GrainActivation:
         grain, surface = self._grain, self._surface
         assert surface is not None
         payload = mail.payload
-        is_call = surface.is_call(payload)
+        is_call = type(payload) is dict and surface.is_call(payload)
         result: Any = None
         failure: BaseException | None = None
         try:
-            host.touch(self.pid, now_ns)
+            if self.registered is not None:
+                self.registered.last_used_ns = now_ns
             if is_call:
                 call, arguments, turn.name = surface.decode_call(payload)
                 result = call(grain, **arguments)
@@ -462,13 +477,24 @@ class GrainActivation:
             self._turn = None
             self._used(turn)
             mail.origin.failed(mail, BadMessage(text_of(failure.message)))
-            return
-        self._returned(turn, result, failure)
+        elif failure is None and not isinstance(result, CoroutineType):
+            # The usual end of a turn; whoever called this takes the next mail.
+            if host.witness is not None:
+                host.witness.handled(self.pid)
+            if turn.is_long:
+                self._used(turn)
+            if mail.is_ask:
+                self._answer(turn, mail, result, None)
+            self._turn = None
+            if self._is_passivating:
+                self._passivate()
+        else:
+            self._returned(turn, result, failure)
 
     def _fire(self, timer: Timer) -> None:
         if self._timers.pop(timer, 0) == 0 or timer.is_cancelled:
             return
-        if not self._enter():
+        if not self._enter(self._host.now_ns()):
             self._lapse()
             return
         self._turn = turn = _Turn("timer")
@@ -485,16 +511,19 @@ class GrainActivation:
     def _use(self, turn: _Turn) -> None:
         """The handling of a message may take long: that is no idle time."""
         turn.is_long = True
-        self._host.use(self.pid, self._host.now_ns(), is_over=False)
+        if self.registered is not None:
+            self.registered.last_used_ns = self._host.now_ns()
+            self.registered.is_in_use = True
 
     def _used(self, turn: _Turn) -> None:
         """The handling of a message is over: idle time starts now."""
-        if turn.is_long:
-            self._host.use(self.pid, self._host.now_ns(), is_over=True)
+        if turn.is_long and self.registered is not None:
+            self.registered.last_used_ns = self._host.now_ns()
+            self.registered.is_in_use = False
 
     def _returned(self, turn: _Turn, result: Any, error: BaseException | None) -> None:
         """User code came back: with a result, an error, or a coroutine to drive."""
-        if error is None and inspect.iscoroutine(result):
+        if error is None and isinstance(result, CoroutineType):
             turn.coroutine = result
             self._step(turn, None, None)
         else:
@@ -505,7 +534,7 @@ class GrainActivation:
         coroutine = turn.coroutine
         assert coroutine is not None
         while True:
-            if not self._enter():
+            if not self._enter(self._host.now_ns()):
                 self._lapse()
                 self._close(turn)
                 return
@@ -552,7 +581,8 @@ class GrainActivation:
         match turn.purpose:
             case "handle":
                 assert turn.mail is not None
-                self._host.handled(self.pid)
+                if self._host.witness is not None:
+                    self._host.witness.handled(self.pid)
                 if turn.is_long:
                     self._used(turn)
                 self._answer(turn, turn.mail, result, error)
@@ -583,7 +613,20 @@ class GrainActivation:
                 type_name, text = describe(bad)
                 error = HandlerFailed(type_name, text_of(f"its answer: {text}"))
         if error is None:
-            if mail.is_ask:
+            if not mail.is_ask:
+                return
+            gate = self._gate
+            if (
+                gate.confirmed >= gate.version
+                and not gate.waiting
+                and not self._may_block
+            ):
+                # As _emit would, without making what may have to wait.
+                if self.guard.is_open(self._host.now_ns()):
+                    mail.origin.answered(mail, result, self.pid)
+                else:
+                    mail.origin.failed(mail, self._unknown())
+            else:
                 self._emit(
                     lambda: mail.origin.answered(mail, result, self.pid),
                     lambda unknown: mail.origin.failed(mail, unknown),
@@ -670,7 +713,7 @@ class GrainActivation:
         self._is_passivating = True
         if self._turn is not None or self._state != "active":
             return
-        if not self._enter():
+        if not self._enter(self._host.now_ns()):
             self._lapse()
             return
         self._state = "ending"

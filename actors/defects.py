@@ -12,7 +12,7 @@ from typing import Any
 from actors.activation import GrainActivation
 from actors.future import running
 from actors.node import PlacementNode
-from actors.outbox import Outbox
+from actors.outbox import Outbox, identity_of
 from actors.postbox import Postbox
 from actors.simulated_store import RecordingStore
 from actors.simulation import Process, Shared
@@ -71,7 +71,7 @@ class Defect:
 
 
 class _UnguardedActivation(GrainActivation):
-    def _enter(self) -> bool:
+    def _enter(self, now_ns: int) -> bool:
         running.activation = self
         self._host.current = self
         return True
@@ -292,7 +292,8 @@ class _ResendingOutbox(Outbox):
         super().adopt(table, gone)
         with self.lock:
             for each in again:
-                self._dispatch(each.message, self._now_ns())
+                message = self._outgoing(each, identity_of(each), each.deadline_ns)
+                self._dispatch(message, self._now_ns())
 
 
 class _ResendingNode(PlacementNode):

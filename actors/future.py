@@ -42,14 +42,21 @@ class Future(pykka.Future[Any]):
     `owner` is the activation that may await it inside its own turn.
     """
 
+    # What it begins with is the class's: one is made for every ask.
+    owner: Any = None
+    _is_done = False
+    _value: Any = None
+    _error: BaseException | None = None
+    _callbacks: tuple[Callable[["Future"], object], ...] = ()
+    _get_hook: Callable[[float | None], Any] | None = None
+
     def __init__(self) -> None:
-        super().__init__()
-        self.owner: Any = None
         self._lock = threading.Lock()
-        self._is_done = False
-        self._value: Any = None
-        self._error: BaseException | None = None
-        self._callbacks: list[Callable[[Future], object]] = []
+
+    def set_get_hook(self, func: Callable[[float | None], Any]) -> None:
+        """Have `get` call `func`, as in pykka."""
+        super().__init__()
+        super().set_get_hook(func)
 
     @property
     def is_done(self) -> bool:
@@ -81,25 +88,37 @@ class Future(pykka.Future[Any]):
 
     def set(self, value: Any = None) -> None:
         """Answer, unless it has been."""
-        self._decide(value, None)
+        lock = self._lock
+        lock.acquire()  # a `with` costs twice as much, and there is one an ask
+        try:
+            if self._is_done:
+                return
+            self._value, self._is_done = value, True
+            callbacks, self._callbacks = self._callbacks, ()
+        finally:
+            lock.release()
+        if callbacks:
+            self._tell(callbacks)
 
     def set_error(self, error: BaseException) -> None:
         """End without an answer, unless it has one."""
-        self._decide(None, error)
+        self._fail(error)
 
     def set_exception(self, exc_info: Any = None) -> None:
         """End with the exception of a (type, value, traceback), as in pykka."""
         if exc_info is None:
             raise ValueError("set_exception takes an exc_info; set_error an error")
-        self._decide(None, exc_info[1])
+        self._fail(exc_info[1])
 
-    def _decide(self, value: Any, error: BaseException | None) -> None:
+    def _fail(self, error: BaseException) -> None:
         with self._lock:
             if self._is_done:
                 return
-            self._value, self._error = value, error
-            self._is_done = True
-            callbacks, self._callbacks = self._callbacks, []
+            self._error, self._is_done = error, True
+            callbacks, self._callbacks = self._callbacks, ()
+        self._tell(callbacks)
+
+    def _tell(self, callbacks: tuple[Callable[["Future"], object], ...]) -> None:
         for callback in callbacks:
             try:
                 callback(self)
@@ -110,7 +129,7 @@ class Future(pykka.Future[Any]):
         """Call `callback` once it is done: on the thread that answers, or now."""
         with self._lock:
             if not self._is_done:
-                self._callbacks.append(callback)
+                self._callbacks = (*self._callbacks, callback)
                 return
         callback(self)
 

@@ -233,6 +233,18 @@ class _NodeSender:
             raise BlockingInGrain
 
 
+class _LivingWitness:
+    """Sees what a node's activations handle, while the node lives."""
+
+    def __init__(self, node: "PlacementNode") -> None:
+        self._node = node
+        self._witness = node._witness  # noqa: SLF001
+
+    def handled(self, pid: Pid) -> None:
+        if self._witness is not None and not self._node.is_dead:
+            self._witness.handled(pid)
+
+
 class _NodeHost:
     """What a node offers its activations."""
 
@@ -248,8 +260,8 @@ class _NodeHost:
         self.ask_timeout = node._outbox.ask_timeout  # noqa: SLF001
         self.kind_of = node._kind_of  # noqa: SLF001
         self.class_of = node._class_of  # noqa: SLF001
-        self._registry = node._registry  # noqa: SLF001
         self._witness = node._witness  # noqa: SLF001
+        self.witness = None if self._witness is None else _LivingWitness(node)
 
     def _tell(self, message: Any) -> None:
         self._node._tell_placement(message)  # noqa: SLF001
@@ -281,20 +293,6 @@ class _NodeHost:
     def seal(self, activation: Activation) -> None:
         with self._node._outbox.lock:  # noqa: SLF001
             activation.bounce_all()
-
-    def handled(self, pid: Pid) -> None:
-        if self._witness is not None and not self._node.is_dead:
-            self._witness.handled(pid)
-
-    def touch(self, pid: Pid, now_ns: int) -> None:
-        found = self._registry.find(pid.identity)
-        if found is not None:
-            found.last_used_ns = now_ns
-
-    def use(self, pid: Pid, now_ns: int, *, is_over: bool) -> None:
-        found = self._registry.find(pid.identity)
-        if found is not None:
-            found.last_used_ns, found.is_in_use = now_ns, not is_over
 
 
 class PlacementNode(Verbs):
@@ -384,6 +382,7 @@ class PlacementNode(Verbs):
             publish=self._publish,
             ask_timeout=settings.ask_timeout,
         )
+        self._known, self._now_ns = self._outbox.known, clock.now_ns
         self._sender = _NodeSender(self._outbox, self._engine.future)
         self._host = _NodeHost(self)
         self._hosting = hosting = self.hosting_type(kinds=frozenset(self._kinds))
@@ -690,12 +689,19 @@ class PlacementNode(Verbs):
             ValueError: `timeout` is none.
             PlacementError: it cannot be, by the reason's own class.
         """
+        if timeout is None:
+            try:
+                known = self._known(identity, self._now_ns())
+            except TypeError:  # no text at all: what is below says so
+                known = None
+            if known is not None:
+                return known
         self._sender.may_block()
         timeout = timeout_of(timeout)
         limit = self.settings.ask_timeout if timeout is None else timeout
         future = self.seek(identity, timeout=timeout)
         pid = future.get(timeout=limit + 2)
-        return PlacementResolution(
+        resolution = PlacementResolution(
             identity=pid.identity,
             pid=pid,
             owner=pid.session,
@@ -704,6 +710,8 @@ class PlacementNode(Verbs):
             epoch=self.epoch,
             observed_at_ms=self._engine.clock.wall_ms(),
         )
+        self._outbox.keep(resolution)
+        return resolution
 
     def seek(self, identity: str, *, timeout: float | None = None) -> Future:
         """A future of the `Pid` of `identity`, which is started if it is nowhere.

@@ -4,7 +4,6 @@ It shares no code with what it judges: the records of `actors.trace` are all tha
 it knows. Every rule has a name and says, as sentences, what broke it.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +47,9 @@ class Bounds:
     frames_per_request: float = 20.0
     store_operations_per_request: float = 8.0
     seeks_per_second: int = 30
-    memory_per_request: float = math.inf  # nobody has measured yet what it takes
+    # Of what is not done yet, at the worst moment: timers, turns, frames, asks.
+    kept_for_the_cluster: int = 3_000
+    kept_per_request: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -516,7 +517,6 @@ def _bounded_work(run: _Run) -> Iterator[_Found]:
                 work.store_operations,
                 bounds.store_operations_per_request,
             ),
-            ("of memory", work.memory_peak, bounds.memory_per_request),
         ):
             # A run without requests has no ratio: members alone make work too.
             if work.requests and done > work.requests * per_request:
@@ -524,6 +524,10 @@ def _bounded_work(run: _Run) -> Iterator[_Found]:
                     f"{done} {what} for {work.requests} requests, above {per_request}"
                 )
                 yield _Found("", work.at_ns, f"{wrong} for each")
+        most = bounds.kept_for_the_cluster + work.requests * bounds.kept_per_request
+        if work.kept_peak > most:
+            wrong = f"{work.kept_peak} things kept for {work.requests} requests"
+            yield _Found("", work.at_ns, f"{wrong}, above {most}")
 
 
 # --- topology ---

@@ -46,20 +46,12 @@ from placement.errors import (
 from placement.event import Happened
 from placement.identity import Identity
 from placement.partition import PartitionTable
+from placement.pidcache import PlacementResolution
 from placement.registry import VirtualActorRegistry
 from placement.topology import Address, SessionId, address_of
 
 _LOOK_EVERY_NS = 20_000_000
 _DEADLINES_MIN = 1_024
-
-
-@dataclass(slots=True, eq=False)
-class _Asked:
-    """An ask without an answer yet; `session` is where it went, none while held."""
-
-    future: Future
-    message: Outgoing
-    session: SessionId | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +83,8 @@ class Outbox:
     ) -> None:
         self.lock = threading.RLock()
         self.ask_timeout = ask_timeout
+        #: What `keep` was given for an identity; for any thread, without the lock.
+        self.known = deliveries.cache.resolution
         self._own = own
         self._dispatcher = dispatcher
         self._now_ns = dispatcher.now_ns
@@ -100,7 +94,8 @@ class Outbox:
         self._need_topology = need_topology
         self._publish = publish
         self._last_number = 0
-        self._asked: dict[int, _Asked] = {}
+        # Asks without an answer yet; the session of one is none while it is held.
+        self._asked: dict[int, Mail] = {}
         self._deadlines: list[tuple[int, int]] = []
         self._alarm = Alarm(dispatcher, self._tick)
         self._effects: deque[DeliveryEffect] = deque()
@@ -109,7 +104,7 @@ class Outbox:
     def waiting(self) -> tuple[Identity, ...]:
         """The identities for which a message is held or an answer awaited."""
         with self.lock:
-            asked = (each.message.identity for each in tuple(self._asked.values()))
+            asked = (identity_of(each) for each in tuple(self._asked.values()))
             return (*self._deliveries.held(), *asked)
 
     # --- the node ---
@@ -127,9 +122,7 @@ class Outbox:
             self._asked.clear()
             self._alarm.cancel()
         for each in asked.values():
-            each.future.set_error(
-                NotReady(why) if each.session is None else OutcomeUnknown(why)
-            )
+            _end(each, NotReady(why) if each.session is None else OutcomeUnknown(why))
 
     def adopt(self, table: PartitionTable, closed: Iterable[SessionId]) -> None:
         """Resolve by `table`; no answer comes from `closed` sessions any more."""
@@ -143,9 +136,7 @@ class Outbox:
                 if each.session in gone and self._asked.pop(number, None) is not None
             ]
         for each in ended:
-            each.future.set_error(
-                OutcomeUnknown(f"{each.message.identity}: {each.session} has ended")
-            )
+            _end(each, OutcomeUnknown(f"{identity_of(each)}: {each.session} has ended"))
 
     # --- sending ---
 
@@ -166,20 +157,25 @@ class Outbox:
         is_ask = future is not None
         # Nobody waits for a tell: its time bounds only how long it is held.
         handle_by_ns = deadline_ns if is_ask else 0
-        mail = Mail(payload, request_id, chain, handle_by_ns, is_ask, self)
-        with self.lock:
-            self._last_number += 1
-            number = self._last_number
-            message = Outgoing(number, identity, deadline_ns, mail, chain)
-            mail.number, mail.carried = number, message
-            if future is not None:
-                self._asked[number] = _Asked(future, message)
+        # Carried until it needs more: an `Outgoing`, once it is held or sent.
+        mail = Mail(
+            payload, request_id, chain, handle_by_ns, is_ask, self, 0, identity, future
+        )
+        lock = self.lock
+        lock.acquire()  # a `with` costs twice as much
+        try:
+            number = mail.number = self._last_number = self._last_number + 1
+            if is_ask:
+                self._asked[number] = mail
                 if not self._deadlines or deadline_ns < self._deadlines[0][0]:
                     self._alarm.set(deadline_ns)
                 heapq.heappush(self._deadlines, (deadline_ns, number))
                 if len(self._deadlines) > max(_DEADLINES_MIN, 2 * len(self._asked)):
                     self._forget_answered()
-            self._dispatch(message, now_ns)
+            if not self._deliver_here(mail, identity, now_ns):
+                self._dispatch(self._outgoing(mail, identity, deadline_ns), now_ns)
+        finally:
+            lock.release()
 
     def tell(self, identity: Identity, payload: Any, request_id: str) -> None:
         """Send `payload`, which has been checked and copied, without an answer.
@@ -187,25 +183,38 @@ class Outbox:
         The same as `send`, in fewer steps where the activation is on this node.
         """
         now_ns = self._now_ns()
-        # Carried until it needs more: an `Outgoing`, once it is held or sent.
-        mail = Mail(payload, request_id, (), 0, False, self, carried=identity)
-        with self.lock:
-            self._last_number = mail.number = self._last_number + 1
-            if not self._is_performing:
-                pid = self._deliveries.route(identity, now_ns)
-                if (
-                    pid is not None
-                    and pid.address == self._own
-                    and (found := self._registry.find(identity)) is not None
-                    and found.pid.fencing_token == pid.fencing_token
-                    and found.activation.deliver(mail)
-                ):
-                    return
-            self._dispatch(self._outgoing(mail, identity, now_ns), now_ns)
+        mail = Mail(payload, request_id, (), 0, False, self, 0, identity)
+        lock = self.lock
+        lock.acquire()  # a `with` costs twice as much
+        try:
+            mail.number = self._last_number = self._last_number + 1
+            if not self._deliver_here(mail, identity, now_ns):
+                deadline_ns = now_ns + round(self.ask_timeout * 1e9)
+                self._dispatch(self._outgoing(mail, identity, deadline_ns), now_ns)
+        finally:
+            lock.release()
 
-    def _outgoing(self, mail: Mail, identity: Identity, now_ns: int) -> Outgoing:
-        """A told mail as a message of this node's, to be held or sent elsewhere."""
-        deadline_ns = now_ns + round(self.ask_timeout * 1e9)
+    def _deliver_here(self, mail: Mail, identity: Identity, now_ns: int) -> bool:
+        """Give it straight to the activation, where that is known to be on this node.
+
+        What `_dispatch` would do, in fewer steps; false: nothing was done.
+        """
+        if self._is_performing:
+            return False
+        pid = self._deliveries.route(identity, now_ns)
+        if pid is None or pid.address != self._own:
+            return False
+        found = self._registry.find(identity)
+        if found is None or found.pid.fencing_token != pid.fencing_token:
+            return False
+        mail.session = pid.session
+        if found.activation.deliver(mail):
+            return True
+        mail.session = None
+        return False
+
+    def _outgoing(self, mail: Mail, identity: Identity, deadline_ns: int) -> Outgoing:
+        """A mail as a message of this node's, to be held or sent elsewhere."""
         message = Outgoing(mail.number, identity, deadline_ns, mail, mail.chain)
         mail.carried = message
         return message
@@ -227,6 +236,11 @@ class Outbox:
                 Outgoing(self._last_number, identity, deadline_ns, _Sought(future)),
                 now_ns,
             )
+
+    def keep(self, resolution: PlacementResolution) -> None:
+        """Have it found by `known` as long as the cache keeps its reference."""
+        with self.lock:
+            self._deliveries.cache.keep(resolution)
 
     def forget(self, pid: Pid) -> bool:
         """Drop the reference from the cache."""
@@ -345,7 +359,7 @@ class Outbox:
         elif isinstance(content, Mail) and content.is_ask:
             asked = self._asked.pop(message.number, None)
             if asked is not None:
-                asked.future.set_error(refusal.error())
+                _end(asked, refusal.error())
         else:
             self._publish(dropped(message.identity, refusal))
 
@@ -353,33 +367,30 @@ class Outbox:
 
     def answered(self, mail: Mail, value: Any, pid: Pid) -> None:
         """An activation on this node has answered."""
-        asked = self._asked.pop(mail.number, None)
-        if asked is not None:
-            asked.future.set(value)
+        if self._asked.pop(mail.number, None) is not None:
+            assert mail.future is not None
+            mail.future.set(value)
 
     def failed(self, mail: Mail, error: PlacementError) -> None:
         """An activation on this node has refused or failed."""
-        asked = self._asked.pop(mail.number, None)
-        if asked is not None:
-            asked.future.set_error(error)
+        if self._asked.pop(mail.number, None) is not None:
+            _end(mail, error)
         elif not mail.is_ask and not error.may_have_happened:
-            carried = mail.carried
-            identity = carried.identity if isinstance(carried, Outgoing) else carried
-            self._publish(dropped(identity, Refusal.of(error)))
+            self._publish(dropped(identity_of(mail), Refusal.of(error)))
 
     def bounced(self, mail: Mail, pid: Pid) -> None:
         """A sealed mailbox on this node gives it back; the lock is held."""
         with self.lock:
             now_ns = self._now_ns()
+            deadline_ns = mail.deadline_ns
+            if not mail.is_ask:
+                # However long it was in the mailbox, it is only now homeless.
+                deadline_ns = now_ns + round(self.ask_timeout * 1e9)
             message = mail.carried
             if not isinstance(message, Outgoing):
-                message = self._outgoing(mail, pid.identity, now_ns)
-            asked = self._asked.get(message.number)
-            if asked is not None:
-                asked.session = None
-            elif not mail.is_ask:
-                # However long it was in the mailbox, it is only now homeless.
-                message.deadline_ns = now_ns + round(self.ask_timeout * 1e9)
+                message = self._outgoing(mail, pid.identity, deadline_ns)
+            message.deadline_ns = deadline_ns
+            mail.session = None
             self._perform(
                 self._deliveries.bounced(pid, message, needs_mark=False, now_ns=now_ns)
             )
@@ -391,13 +402,14 @@ class Outbox:
         """Another node's activation has answered."""
         asked = self._asked.pop(frame.message_id, None)
         if asked is not None:
+            assert asked.future is not None
             asked.future.set(frame.payload)
 
     def on_failure(self, frame: Failure) -> None:
         """Another node's activation has refused or failed."""
         asked = self._asked.pop(frame.message_id, None)
         if asked is not None:
-            asked.future.set_error(error_of(frame))
+            _end(asked, error_of(frame))
 
     def on_bounce(self, sender: Address, frame: Bounce) -> None:
         """A message found nobody at another node."""
@@ -408,7 +420,7 @@ class Outbox:
                 asked = self._asked.get(frame.message_id)
                 if asked is None or asked.session is None:
                     return
-                message, session = asked.message, asked.session
+                message, session = asked.carried, asked.session
                 if address_of(session) != sender:
                     return
                 asked.session = None
@@ -458,7 +470,7 @@ class Outbox:
             self._perform(effects)
 
     def _tick(self) -> None:
-        late: list[_Asked] = []
+        late: list[Mail] = []
         with self.lock:
             now_ns = self._now_ns()
             self._perform(self._deliveries.tick(now_ns=now_ns))
@@ -474,8 +486,19 @@ class Outbox:
             if self._deliveries.is_holding:
                 self._alarm.set(now_ns + _LOOK_EVERY_NS)
         for each in late:
-            identity = each.message.identity
-            each.future.set_error(OutcomeUnknown(f"{identity}: no answer in time"))
+            _end(each, OutcomeUnknown(f"{identity_of(each)}: no answer in time"))
+
+
+def identity_of(mail: Mail) -> Identity:
+    """To which identity a mail of an outbox was sent."""
+    carried = mail.carried
+    return carried.identity if isinstance(carried, Outgoing) else carried
+
+
+def _end(mail: Mail, error: PlacementError) -> None:
+    """An ask ends without an answer."""
+    assert mail.future is not None
+    mail.future.set_error(error)
 
 
 def dropped(identity: Identity, refusal: Refusal) -> Happened:

@@ -374,7 +374,7 @@ class PlacementActor(DispatchedActor):
         activation, idle_after = self._node.make(
             pid, start.record, self._guards[pid.session], start.chain
         )
-        self._registry.add(
+        activation.registered = self._registry.add(
             pid,
             activation,
             now_ns=self.dispatcher.now_ns(),

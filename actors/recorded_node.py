@@ -61,8 +61,8 @@ class RecordedActivation(GrainActivation):
     _purpose = ""
     _mail: Mail | None = None
 
-    def _enter(self) -> bool:
-        if not super()._enter():
+    def _enter(self, now_ns: int) -> bool:
+        if not super()._enter(now_ns):
             return False
         purpose, mail = self._purpose, self._mail
         # Until it is set again, it is the coroutine of this turn that is entered.

@@ -112,7 +112,8 @@ class Ref:
 
     def tell(self, message: Any, *, request_id: str = "") -> None:
         """Send, at most once, without an answer."""
-        request_id = request_id_of(request_id)
+        if request_id != "":
+            request_id = request_id_of(request_id)
         self._sender.tell(self.identity, message, request_id=request_id)
 
 

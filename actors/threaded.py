@@ -179,7 +179,7 @@ class ThreadedActivation(GrainActivation):
         """Have the function make what tells how it is hosted."""
         if self._state != "starting":
             return
-        if not self._enter():
+        if not self._enter(self._host.now_ns()):
             self._lapse()
             return
         failure: BaseException | None = None
@@ -226,7 +226,7 @@ class ThreadedActivation(GrainActivation):
 
     def _create(self) -> bool:
         """Make the actor; false: it has ended before it began."""
-        if not self._enter():
+        if not self._enter(self._host.now_ns()):
             self._lapse()
             return False
         actor, failure = self._made, None
@@ -273,7 +273,7 @@ class ThreadedActivation(GrainActivation):
             return None
 
         def start() -> None:
-            if self._enter():
+            if self._enter(self._host.now_ns()):
                 try:
                     _tamed(on_start)
                 except Exception as error:
@@ -283,7 +283,7 @@ class ThreadedActivation(GrainActivation):
                     self._leave()
 
         def stop() -> None:
-            if self._enter():
+            if self._enter(self._host.now_ns()):
                 try:
                     _tamed(on_stop)
                 finally:
@@ -303,10 +303,12 @@ class ThreadedActivation(GrainActivation):
         self._made.context = self.context
         return self._made
 
-    def _enter(self) -> bool:
+    def _enter(self, now_ns: int) -> bool:
         with self._lock:
-            # Under the lock: whoever ends it knows whether its thread is inside.
-            if self._state == "ended" or not super()._enter():
+            # Under the lock: whoever ends it knows whether its thread is inside. The
+            # clock is read anew: to have the lock may have taken time.
+            now_ns = self._host.now_ns()
+            if self._state == "ended" or not super()._enter(now_ns):
                 return False
             self._is_inside = True
             if not self._has_thread:

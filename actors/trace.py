@@ -170,13 +170,17 @@ class LeftBehind(NamedTuple):
 
 
 class WorkDone(NamedTuple):
-    """How much was done for `requests` requests in all."""
+    """How much was done for `requests` requests in all.
+
+    `kept_peak` is how much was kept at once because it was not done yet: turns and
+    timers to come, frames under way, asks and claims without an answer.
+    """
 
     at_ns: int
     requests: int
     frames: int
     store_operations: int
-    memory_peak: int
+    kept_peak: int
 
 
 class Sought(NamedTuple):

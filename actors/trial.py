@@ -42,6 +42,7 @@ from actors.workload import Order, kinds_on, outcome_of
 
 TTL_S = 2.0
 REQUESTS_PER_S = 100.0
+_WEIGH_S = 0.5
 _STATE_HEADER = 3
 _ASK_S = 10.0
 
@@ -124,6 +125,7 @@ class Trial:
         self._hanging: list[Future] = []
         self._numbers: Counter[tuple[str, str]] = Counter()
         self._started = self._nested = 0
+        self._kept_peak = self._to_come = 0
         self._drift = self.world.stream("drift").random
         if scenario.faults:
             steps = self.world.stream("steps").random
@@ -358,6 +360,7 @@ class Trial:
     # --- programs ---
 
     def _issue(self, order: Order) -> None:
+        self._to_come -= 1
         names = sorted(self.nodes)
         if not names:
             return
@@ -417,6 +420,7 @@ class Trial:
         self.start_node("client-2", is_client=True)
         world.run_until(world.now_ns + 1_000_000_000)
         began_ns = world.now_ns
+        self._weigh()
         draw = world.stream("requests")
         duration_s = scenario.duration_s
         for number in range(scenario.requests + scenario.requests // 4):
@@ -424,6 +428,7 @@ class Trial:
             if number >= scenario.requests:
                 order.operation = "leave log" if order.number % 25 == 0 else "tell"
             world.after(order.at_s, self._issue, order)
+            self._to_come += 1
         for episode in self.episodes:
             world.after(episode.at_s, self._begin, episode)
         world.run_until(began_ns + round(duration_s * 1e9))
@@ -434,6 +439,13 @@ class Trial:
         result = self._judge()
         self.close()
         return result
+
+    def _weigh(self) -> None:
+        """Count now and then what is kept because it is not done yet, everywhere."""
+        waiting = sum(len(node.waiting()) for node in self.nodes.values())
+        kept = waiting + self.world.waiting_count - self._to_come
+        self._kept_peak = max(self._kept_peak, kept)
+        self.world.after(_WEIGH_S, self._weigh)
 
     def _heal(self) -> None:
         world = self.world
@@ -524,7 +536,7 @@ class Trial:
                 scenario.requests * 5 // 4 + probes,
                 shared.network.frame_count,
                 shared.calls.operation_count,
-                0,
+                self._kept_peak,
             )
         )
         self.records.append(self._busiest)

@@ -60,6 +60,11 @@ class World:
         """Have `turn` run in `seconds`, of the true clock."""
         self.at(self.now_ns + round(seconds * 1e9), turn, *arguments)
 
+    @property
+    def waiting_count(self) -> int:
+        """How many turns are to come."""
+        return len(self._due)
+
     def moment_ns(self) -> int:
         """The true time of what the turn under way does now."""
         return self.now_ns + self.spent_ns

@@ -18,6 +18,9 @@ INT_MIN, INT_MAX = -(1 << 63), (1 << 63) - 1
 # What msgpack writes as one byte, and as five at most.
 _SMALL_INT_MIN, _SMALL_INT_END, _HALF = -32, 128, 1 << 31
 _SMALL_TEXT = 32
+# A dict with so few items, each a scalar or a text of this length at most, is far
+# below every bound.
+_FLAT_ITEMS, _FLAT_TEXT = 16, 1_024
 
 _SCALARS = frozenset({type(None), bool, float})
 _SIZES = {type(None): 1, bool: 1, float: 9}
@@ -38,6 +41,8 @@ def copy(value: Any) -> Any:
         return value
     if kind is int and INT_MIN <= value <= INT_MAX:
         return value
+    if kind is dict and len(value) <= _FLAT_ITEMS and _is_flat(value):
+        return value.copy()
     try:
         copied, size = _copy(value, 0)
     except _Misfit as misfit:
@@ -45,6 +50,23 @@ def copy(value: Any) -> Any:
     if size > _SIZE_MAX:
         raise BadMessage(f"payload has {size} bytes, at most {BYTES_MAX}")
     return copied
+
+
+def _is_flat(value: dict[Any, Any]) -> bool:
+    """Whether a small dict can be carried as it is: the usual message."""
+    for key, item in value.items():
+        if type(key) is not str or len(key) > _FLAT_TEXT or not key.isascii():
+            return False
+        kind = type(item)
+        if kind is int:
+            if not INT_MIN <= item <= INT_MAX:
+                return False
+        elif kind is str:
+            if len(item) > _FLAT_TEXT or not item.isascii():
+                return False
+        elif kind not in _SCALARS:
+            return False
+    return True
 
 
 def request_id_of(value: Any) -> str:

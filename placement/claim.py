@@ -8,6 +8,7 @@ closed. Times are nanoseconds of the caller's clock.
 """
 
 import heapq
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -38,7 +39,12 @@ _TRANSIENT = frozenset({"NoAuthority", "NotReady", "Pending", "LockDenied"})
 
 #: A question may soon have another answer; a store or host is only late.
 _ASK_AGAIN = RetryPolicy(first_ns=20_000_000, largest_ns=500_000_000)
-_SEND_AGAIN = RetryPolicy(first_ns=500_000_000, largest_ns=500_000_000)
+#: How many procedures ask the store at once; the others wait for their turn. What
+#: waits behind thousands in a store's queue would be asked again before its answer.
+ACQUIRING_MAX = 512
+
+# Growing, because what is late under load is sent once more into that load.
+_SEND_AGAIN = RetryPolicy(first_ns=500_000_000, largest_ns=4_000_000_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +187,7 @@ class _Procedure:
     may_hold: bool = False
     due_ns: int = 0
     asked: int = 0
+    sent: int = 0
     why: str = "the claim is under way"
 
     def latest_ns(self) -> int:
@@ -208,6 +215,8 @@ class Claims:
             tuple[Identity, Acquisition], dict[tuple[Address, int], None]
         ] = {}
         self._due: list[tuple[int, int, Identity]] = []
+        self._acquiring: dict[Identity, int] = {}
+        self._queue: deque[tuple[Identity, int]] = deque()
         self._releasing: dict[tuple[Identity, Acquisition], int] = {}
         self._release_due: list[tuple[int, int, Identity, Acquisition]] = []
 
@@ -279,7 +288,7 @@ class Claims:
             effects += self.request(
                 to, identity, epoch=epoch, deadline_ns=deadline_ns, now_ns=now_ns
             )
-        return tuple(effects)
+        return (*effects, *self._admit(now_ns))
 
     def _reason(self) -> str:
         if self._session is None:
@@ -343,6 +352,17 @@ class Claims:
         now_ns: int,
     ) -> tuple[ClaimEffect, ...]:
         """The store has answered an `AcquireLock`."""
+        if self._acquiring.get(request.identity) == request.acquisition.procedure:
+            del self._acquiring[request.identity]
+        effects = self._acquired(request, outcome, now_ns)
+        return (*effects, *self._admit(now_ns))
+
+    def _acquired(
+        self,
+        request: Acquire,
+        outcome: Acquired | LockHeld | LockRefused | Failed,
+        now_ns: int,
+    ) -> tuple[ClaimEffect, ...]:
         procedure = self._found(request.identity, request.acquisition)
         if procedure is None:
             # Nobody wants it any more: a lock taken late must not stay.
@@ -368,7 +388,7 @@ class Claims:
             case LockHeld(holder):
                 return self._held(procedure, holder, now_ns)
             case Acquired(entry, owner_is_open):
-                procedure.may_hold = True
+                procedure.may_hold, procedure.sent = True, 0
                 procedure.revision = entry.revision
                 procedure.token = entry.fencing_token
                 if entry.owner is not None and owner_is_open:
@@ -393,9 +413,10 @@ class Claims:
             return ()
         if state == "here" and (
             fencing_token == procedure.token
-            and procedure.phase in {"asking owner", "acquiring"}
+            and procedure.phase in {"asking owner", "acquiring", "queued"}
         ):
-            return self._found_at(procedure, Pid(identity, session, fencing_token))
+            found = self._found_at(procedure, Pid(identity, session, fencing_token))
+            return (*found, *self._admit(now_ns))
         if procedure.phase != "asking owner" or procedure.awaiting != session:
             return ()
         if state == "gave_up":
@@ -545,7 +566,7 @@ class Claims:
             procedure = self._numbered(identity, number)
             if procedure is not None and procedure.due_ns == due_ns:
                 effects += self._again(procedure, now_ns)
-        return tuple(effects)
+        return (*effects, *self._admit(now_ns))
 
     # --- steps ---
 
@@ -564,25 +585,50 @@ class Claims:
     def _wait(self, procedure: _Procedure, now_ns: int) -> None:
         """Have it looked at again after its pause, and at its first deadline."""
         first = min(procedure.waiters.values())
+        if procedure.phase == "queued":
+            procedure.due_ns = max(first, now_ns + 1)
+            self._push(procedure)
+            return
         if procedure.phase in {"acquiring", "starting"}:
             policy = _SEND_AGAIN
+            tried = procedure.sent = procedure.sent + 1
         else:
             policy = _ASK_AGAIN
-            procedure.asked += 1
-        procedure.due_ns = policy.next_ns(
-            max(1, procedure.asked), now_ns=now_ns, deadline_ns=first
-        )
+            tried = procedure.asked = procedure.asked + 1
+        procedure.due_ns = policy.next_ns(tried, now_ns=now_ns, deadline_ns=first)
+        self._push(procedure)
+
+    def _push(self, procedure: _Procedure) -> None:
         heapq.heappush(
             self._due,
             (procedure.due_ns, procedure.acquisition.procedure, procedure.identity),
         )
 
     def _acquire(self, procedure: _Procedure, now_ns: int) -> tuple[ClaimEffect, ...]:
-        procedure.phase = "acquiring"
         procedure.awaiting = procedure.holder = None
+        number = procedure.acquisition.procedure
+        if (
+            len(self._acquiring) >= ACQUIRING_MAX
+            and self._acquiring.get(procedure.identity) != number
+        ):
+            procedure.phase = "queued"
+            self._queue.append((procedure.identity, number))
+            self._wait(procedure, now_ns)
+            return ()
+        procedure.phase = "acquiring"
+        self._acquiring[procedure.identity] = number
         procedure.may_hold = True
         self._wait(procedure, now_ns)
         return (AcquireLock(Acquire(procedure.identity, procedure.acquisition)),)
+
+    def _admit(self, now_ns: int) -> tuple[ClaimEffect, ...]:
+        """Have those that have waited longest ask the store, while there is room."""
+        effects: list[ClaimEffect] = []
+        while self._queue and len(self._acquiring) < ACQUIRING_MAX:
+            procedure = self._numbered(*self._queue.popleft())
+            if procedure is not None and procedure.phase == "queued":
+                effects += self._acquire(procedure, now_ns)
+        return tuple(effects)
 
     def _held(
         self, procedure: _Procedure, holder: Acquisition, now_ns: int
@@ -653,6 +699,9 @@ class Claims:
             )
         if not procedure.waiters:
             return (*effects, *self._end(procedure))
+        if procedure.phase == "queued":
+            self._wait(procedure, now_ns)
+            return tuple(effects)
         if procedure.phase != "starting":
             # The store is read anew: it knows which session is closed by now.
             return (*effects, *self._acquire(procedure, now_ns))
@@ -672,6 +721,7 @@ class Claims:
 
     def _end(self, procedure: _Procedure) -> tuple[ClaimEffect, ...]:
         del self._running[procedure.identity]
+        self._acquiring.pop(procedure.identity, None)
         if not procedure.may_hold:
             return ()
         return self._release(procedure.identity, procedure.acquisition)

@@ -35,11 +35,17 @@ OVER_MAX = 100_000
 ENDED_MAX = 10_000
 WAITING_MAX = 10_000
 
+#: How many questions to one coordinator are under way; more wait here, so that a
+#: burst does not keep it, and the node that it is on, from all else. One without an
+#: answer counts no longer than until it is asked again.
+ASKED_MAX = 512
+
 #: Refusals after which a later resolution may go better.
 _TRANSIENT = frozenset({"NotReady", "Pending", "LockDenied", "NotHere"})
 
 _AGAIN = RetryPolicy(first_ns=5_000_000, largest_ns=500_000_000)
-_UNANSWERED_NS = 1_000_000_000
+# Growing, because what is late under load is sent once more into that load.
+_UNANSWERED = RetryPolicy(first_ns=1_000_000_000, largest_ns=4_000_000_000)
 
 
 @dataclass(slots=True, eq=False)
@@ -122,6 +128,9 @@ class _Hold:
     followed_epoch: int = 0
     due_ns: int = 0
     tried: int = 0
+    sent: int = 0
+    is_counted: bool = False
+    is_queued: bool = False
     refusal: Refusal = _NOT_IN_TIME
 
     def messages(self) -> list[Outgoing]:
@@ -138,6 +147,9 @@ class Deliveries:
         self.cache = cache
         self._held: dict[Identity, _Hold] = {}
         self._by_request: dict[int, _Hold] = {}
+        self._asked_count: dict[SessionId, int] = {}
+        self._queues: dict[SessionId, deque[int]] = {}
+        self._with_room: dict[SessionId, None] = {}
         self._over: dict[Identity, int] = {}
         self._ended: dict[SessionId, None] = {}
         self._table: PartitionTable | None = None
@@ -173,6 +185,7 @@ class Deliveries:
         ]
         self._held.clear()
         self._by_request.clear()
+        self.cache.clear()
         return tuple(effects)
 
     def adopt(
@@ -202,7 +215,12 @@ class Deliveries:
                 if hold.marked.address in gone:
                     effects += self._resolve(hold, now_ns)
             elif hold.owner is None or hold.owner not in table.topology:
+                self._uncount(hold)
                 effects += self._resolve(hold, now_ns)
+        effects += self._admit(now_ns)
+        for each in (self._asked_count, self._queues):
+            for owner in [owner for owner in each if owner not in table.topology]:
+                del each[owner]
         return tuple(effects)
 
     # --- inputs: messages ---
@@ -315,13 +333,14 @@ class Deliveries:
             # An answer that was late: what it names is over, and nothing would
             # take it out of the cache again.
             self._pause(hold, now_ns)
-            return ()
+            return self._admit(now_ns)
         self._drop(hold)
         if self._table is None or pid.session not in self._table.topology:
             # Too new to be known here, or over before it was: used, not kept.
             return (
                 NeedTopology(0),
                 *(Transmit(pid, message) for message in hold.messages()),
+                *self._admit(now_ns),
             )
         self.cache.put(pid, now_ns)
         effects: list[DeliveryEffect] = [
@@ -334,7 +353,7 @@ class Deliveries:
             )
         ]
         effects += (Transmit(pid, message) for message in hold.messages())
-        return tuple(effects)
+        return (*effects, *self._admit(now_ns))
 
     def redirected(
         self, request: int, epoch: int, owner: SessionId, *, now_ns: int
@@ -347,14 +366,16 @@ class Deliveries:
             is_back = hold.owner is None or address_of(owner) == address_of(hold.owner)
             if epoch > hold.followed_epoch and not is_back:
                 hold.followed_epoch = epoch
-                return (NeedTopology(epoch), *self._ask(hold, owner, epoch, now_ns))
+                self._uncount(hold)
+                asked = self._ask(hold, owner, epoch, now_ns)
+                return (NeedTopology(epoch), *asked, *self._admit(now_ns))
             # Followed before, or back to whoever said so (it has another session
             # than the members know): sent on at once it would go in circles.
             self._pause(hold, now_ns)
-            return (NeedTopology(epoch),)
+            return (NeedTopology(epoch), *self._admit(now_ns))
         # Its knowledge is older than ours: it waits for ours when asked so.
         self._pause(hold, now_ns)
-        return ()
+        return self._admit(now_ns)
 
     def refused(
         self, request: int, refusal: Refusal, *, now_ns: int
@@ -366,9 +387,12 @@ class Deliveries:
         if refusal.reason in _TRANSIENT:
             hold.refusal = refusal
             self._pause(hold, now_ns)
-            return ()
+            return self._admit(now_ns)
         self._drop(hold)
-        return tuple(FailMessage(message, refusal) for message in hold.messages())
+        return (
+            *(FailMessage(message, refusal) for message in hold.messages()),
+            *self._admit(now_ns),
+        )
 
     def tick(self, *, now_ns: int) -> tuple[DeliveryEffect, ...]:
         """Fail what is too late, and ask again what was not answered."""
@@ -380,9 +404,12 @@ class Deliveries:
                 self._drop(hold)
             elif hold.marked is not None:
                 effects += self._mark(hold, now_ns)
+            elif hold.is_queued:
+                self._until(hold, hold.messages()[0].deadline_ns)
             else:
+                self._uncount(hold)
                 effects += self._resolve(hold, now_ns)
-        return tuple(effects)
+        return (*effects, *self._admit(now_ns))
 
     # --- steps ---
 
@@ -396,6 +423,29 @@ class Deliveries:
     def _drop(self, hold: _Hold) -> None:
         del self._held[hold.identity]
         del self._by_request[hold.request]
+        self._uncount(hold)
+
+    def _uncount(self, hold: _Hold) -> None:
+        """The question is answered, or waited for no longer: make room for another."""
+        hold.is_queued = False
+        if hold.is_counted and hold.owner is not None:
+            hold.is_counted = False
+            self._asked_count[hold.owner] -= 1
+            self._with_room[hold.owner] = None
+
+    def _admit(self, now_ns: int) -> tuple[DeliveryEffect, ...]:
+        """Ask what has waited longest, where there is room now."""
+        if not self._with_room:
+            return ()
+        effects: list[DeliveryEffect] = []
+        owners, self._with_room = self._with_room, {}
+        for owner in owners:
+            queue = self._queues.get(owner)
+            while queue and self._asked_count.get(owner, 0) < ASKED_MAX:
+                hold = self._by_request.get(queue.popleft())
+                if hold is not None and hold.is_queued and hold.owner == owner:
+                    effects += self._resolve(hold, now_ns)
+        return tuple(effects)
 
     def _fail_late(self, hold: _Hold, now_ns: int) -> list[DeliveryEffect]:
         late = [each for each in hold.messages() if each.deadline_ns <= now_ns]
@@ -410,11 +460,14 @@ class Deliveries:
 
     def _pause(self, hold: _Hold, now_ns: int) -> None:
         hold.tried += 1
+        hold.sent = 0
+        self._uncount(hold)
         self._until(hold, now_ns + _AGAIN.pause_ns(hold.tried))
 
     def _mark(self, hold: _Hold, now_ns: int) -> tuple[DeliveryEffect, ...]:
         assert hold.marked is not None
-        self._until(hold, now_ns + _UNANSWERED_NS)
+        hold.sent += 1
+        self._until(hold, now_ns + _UNANSWERED.pause_ns(hold.sent))
         return (SendMark(hold.marked, hold.request),)
 
     def _resolve(self, hold: _Hold, now_ns: int) -> tuple[DeliveryEffect, ...]:
@@ -431,8 +484,21 @@ class Deliveries:
     def _ask(
         self, hold: _Hold, owner: SessionId, epoch: int, now_ns: int
     ) -> tuple[DeliveryEffect, ...]:
-        hold.owner = owner
-        self._until(hold, now_ns + _UNANSWERED_NS)
+        if hold.owner != owner:
+            hold.owner, hold.sent = owner, 0
+        if not hold.sent:
+            # The first time: it has to be its turn, and is counted from now on.
+            count = self._asked_count.get(owner, 0)
+            if count >= ASKED_MAX:
+                hold.is_queued = True
+                self._queues.setdefault(owner, deque()).append(hold.request)
+                self._until(hold, hold.messages()[0].deadline_ns)
+                return ()
+            self._asked_count[owner] = count + 1
+            hold.is_counted = True
+        hold.is_queued = False
+        hold.sent += 1
+        self._until(hold, now_ns + _UNANSWERED.pause_ns(hold.sent))
         messages = hold.messages()
         latest = max(message.deadline_ns for message in messages)
         return (

@@ -166,7 +166,9 @@ class Hosting:
     @property
     def due_ns(self) -> int | None:
         """When `tick` is wanted next."""
-        return min((each.due_ns for each in self._again.values()), default=None)
+        if not self._again:
+            return None
+        return min(each.due_ns for each in self._again.values())
 
     def state_of(self, identity: Identity) -> str | None:
         """What is going on with `identity` here."""

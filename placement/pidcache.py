@@ -28,10 +28,20 @@ class PlacementResolution:
     observed_at_ms: int
 
 
+@dataclass(slots=True, eq=False)
+class _Known:
+    """One reference, until when it is good, and what was told of it."""
+
+    until_ns: int
+    pid: Pid
+    resolution: PlacementResolution | None = None
+
+
 class PidCache:
     """References by identity, each for `ttl_ns`, at most `size_max` of them.
 
-    The oldest makes room. Not thread-safe; the caller holds a lock.
+    The oldest makes room. Not thread-safe; the caller holds a lock, but for
+    `resolution`.
     """
 
     def __init__(self, *, ttl_ns: int, size_max: int) -> None:
@@ -39,7 +49,8 @@ class PidCache:
             raise ValueError("a PidCache needs a time to live and a size above 0")
         self._ttl_ns = ttl_ns
         self._size_max = size_max
-        self._pids: dict[Identity, tuple[int, Pid]] = {}
+        # An Identity is the text that it is: either finds it.
+        self._pids: dict[str, _Known] = {}
         self.evicted_count = 0
 
     def __len__(self) -> int:
@@ -50,31 +61,47 @@ class PidCache:
         found = self._pids.get(identity)
         if found is None:
             return None
-        if found[0] > now_ns:
-            return found[1]
+        if found.until_ns > now_ns:
+            return found.pid
         del self._pids[identity]
         return None
+
+    def resolution(self, identity: str, now_ns: int) -> PlacementResolution | None:
+        """What `keep` was given for the reference, unless its time to live is over.
+
+        For any thread, without a lock: it reads one entry, and changes nothing.
+        """
+        found = self._pids.get(identity)
+        if found is None or found.until_ns <= now_ns:
+            return None
+        return found.resolution
+
+    def keep(self, resolution: PlacementResolution) -> None:
+        """Have `resolution` found as long as the reference that it tells of."""
+        found = self._pids.get(resolution.identity)
+        if found is not None and found.pid == resolution.pid:
+            found.resolution = resolution
 
     def peek(self, identity: Identity) -> Pid | None:
         """The reference, however old."""
         found = self._pids.get(identity)
-        return None if found is None else found[1]
+        return None if found is None else found.pid
 
     def put(self, pid: Pid, now_ns: int) -> None:
         """Keep `pid`, unless a reference with a greater token is known."""
         known = self._pids.pop(pid.identity, None)
-        if known is not None and known[1].fencing_token > pid.fencing_token:
+        if known is not None and known.pid.fencing_token > pid.fencing_token:
             self._pids[pid.identity] = known
             return
         if len(self._pids) >= self._size_max:
             del self._pids[next(iter(self._pids))]
             self.evicted_count += 1
-        self._pids[pid.identity] = (now_ns + self._ttl_ns, pid)
+        self._pids[pid.identity] = _Known(now_ns + self._ttl_ns, pid)
 
     def remove(self, identity: Identity, *, token: int | None = None) -> bool:
         """Forget the reference, if its token is not above `token`."""
         found = self._pids.get(identity)
-        if found is None or (token is not None and found[1].fencing_token > token):
+        if found is None or (token is not None and found.pid.fencing_token > token):
             return False
         del self._pids[identity]
         return True
@@ -83,16 +110,26 @@ class PidCache:
         """Drop the references to these sessions; which identities they were of."""
         gone = frozenset(sessions)
         return self._drop(
-            [i for i, (_, pid) in self._pids.items() if pid.session in gone]
+            [
+                known.pid.identity
+                for known in self._pids.values()
+                if known.pid.session in gone
+            ]
         )
 
     def adopt(self, topology: Topology) -> tuple[Pid, ...]:
         """Drop the references to sessions that are no members of `topology`."""
         gone = tuple(
-            pid for _, pid in self._pids.values() if pid.session not in topology
+            known.pid
+            for known in self._pids.values()
+            if known.pid.session not in topology
         )
         self._drop([pid.identity for pid in gone])
         return gone
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._pids.clear()
 
     def _drop(self, identities: list[Identity]) -> tuple[Identity, ...]:
         for identity in identities:

@@ -1,6 +1,7 @@
 """The activations of one node, and which of them are idle."""
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -34,6 +35,8 @@ class VirtualActorRegistry(Generic[T]):
 
     def __init__(self) -> None:
         self._registered: dict[Identity, Registered[T]] = {}
+        #: The activation of an identity on this node; none where there is none.
+        self.find: Callable[[Identity], Registered[T] | None] = self._registered.get
         self._due: list[tuple[int, int, Identity]] = []
 
     def __len__(self) -> int:
@@ -54,10 +57,6 @@ class VirtualActorRegistry(Generic[T]):
         if idle_after_ns is not None:
             self._look_at(registered, now_ns + idle_after_ns)
         return registered
-
-    def find(self, identity: Identity) -> Registered[T] | None:
-        """The activation of `identity` on this node."""
-        return self._registered.get(identity)
 
     def remove(self, pid: Pid) -> Registered[T] | None:
         """Take out the activation that `pid` names, if it is that one."""

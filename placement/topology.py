@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NewType
 
 SessionId = NewType("SessionId", str)
@@ -16,6 +17,8 @@ def session_of(address: Address, number: int) -> SessionId:
     return SessionId(f"{address}#{number}")
 
 
+# One text for all that names it: every reference to an activation holds its own.
+@lru_cache(maxsize=1 << 14)
 def address_of(session: SessionId) -> Address:
     """Where the node that opened `session` is reached."""
     return Address(session.rpartition("#")[0])

@@ -379,7 +379,7 @@ def test_a_bug_between_user_code_and_answer_leaves_nobody_waiting(
     def broken(*_: Any) -> Any:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(node._host, "handled", broken)
+    monkeypatch.setattr(node._outbox, "answered", broken)
     futures = [ref.ask(n, block=False) for n in range(3)]
     for future in futures:
         with pytest.raises(HandlerFailed, match="AssertionError: a bug"):

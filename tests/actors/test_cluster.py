@@ -15,12 +15,10 @@ from actors.cluster import StoreInUse
 from actors.engine import EmbeddedEngine, Settings
 from actors.future import Future
 from actors.grain import ARGUMENTS, CALL
-from actors.outbox import _Asked
 from actors.store_memory import MemoryStore
 from actors.store_url import open_store
 from actors.witness import ActivationWitness
 from placement.contracts import SessionRecord, StoreFailure
-from placement.delivery import Outgoing
 from placement.errors import (
     TEXT_MAX,
     ActivationFailed,
@@ -861,9 +859,10 @@ def test_answers_arrive_while_the_topology_changes() -> None:
         assert table is not None
         mails = []
         for number in range(50_000):
-            message = Outgoing(-number, Identity("echo", "1"), 0, None)
-            outbox._asked[-number] = _Asked(Future(), message)
-            mails.append(Mail(None, "", (), 0, True, outbox, -number, message))
+            identity = Identity("echo", "1")
+            mail = Mail(None, "", (), 0, True, outbox, -number, identity, Future())
+            outbox._asked[-number] = mail
+            mails.append(mail)
         pid = node.resolve("echo/1").pid
 
         def answer() -> None:
@@ -1111,3 +1110,32 @@ def test_nothing_is_kept_of_nodes_that_are_gone(cluster: Cluster) -> None:
     assert len(cluster.events._streams) == 1 + 3
     assert len(node._guards) == 1
     eventually(lambda: len(node._postbox._departed) == 2)
+
+
+def test_a_resolution_is_known_until_its_reference_is_dropped() -> None:
+    node = PlacementNode("n", kinds=KINDS, **FAST)
+    with node:
+        node.start_member()
+        first = node.resolve("echo/1")
+        assert node.resolve("echo/1") is first
+        assert node.forget(first.pid)
+        again = node.resolve("echo/1")
+        assert again is not first
+        assert again.pid == first.pid
+        unhashable: Any = []
+        with pytest.raises(BadIdentity, match="an identity is a text, not list"):
+            node.resolve(unhashable)
+    with pytest.raises(NotReady):
+        node.resolve("echo/1")
+
+
+def test_a_burst_of_asks_to_new_identities_is_answered_whole() -> None:
+    with Cluster.embedded(nodes=3, kinds=KINDS, ask_timeout=60.0) as cluster:
+        futures = [
+            cluster.ref(f"echo/{number}").ask(number, block=False)
+            for number in range(5_000)
+        ]
+        assert [each.get(timeout=60) for each in futures] == list(range(5_000))
+        assert sum(cluster.snapshot().activations.values()) == 5_000
+        for name in cluster.nodes:
+            assert cluster.node(name).events.counts["SessionLapsed"] == 0

@@ -304,7 +304,7 @@ GOOD: dict[str, dict[str, list[Record]]] = {
         ],
     },
     "bounded-work": {
-        "at the bounds": [WorkDone(0, 10, 200, 80, 1_000)],
+        "at the bounds": [WorkDone(0, 10, 200, 80, 3_010)],
         "a run without requests": [WorkDone(0, 0, 30, 12, 0)],
         "sought as often as may be": [Sought(0, "node-1.1", "counter/1", 30)],
     },
@@ -626,6 +626,7 @@ BAD: dict[str, dict[str, list[Record]]] = {
     "bounded-work": {
         "frames": [WorkDone(0, 10, 201, 80, 0)],
         "store operations": [WorkDone(0, 10, 200, 81, 0)],
+        "things kept": [WorkDone(0, 10, 200, 80, 3_011)],
         "sought in circles": [Sought(0, "node-1.1", "counter/1", 31)],
     },
 }
@@ -750,14 +751,15 @@ def test_violations_come_in_order_of_time_and_then_of_the_rules() -> None:
 
 
 def test_the_bounds_are_the_callers() -> None:
-    work: list[Record] = [WorkDone(0, 10, 150, 70, 5_000)]
+    work: list[Record] = [WorkDone(0, 10, 150, 70, 3_000)]
 
     assert observe(work, Bounds()) == ()
     assert "frames" in only(work, Bounds(frames_per_request=14.9)).what
     assert (
         "store operations" in only(work, Bounds(store_operations_per_request=6.9)).what
     )
-    assert "memory" in only(work, Bounds(memory_per_request=499.0)).what
+    assert "kept" in only(work, Bounds(kept_for_the_cluster=2_989)).what
+    assert observe(work, Bounds(kept_for_the_cluster=0, kept_per_request=300)) == ()
 
 
 def test_a_bound_of_nothing_is_a_bound() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from tests.actors.actors_under_test import Account, Echo, InsufficientFunds
 
 KINDS: dict[str, Any] = {"account": Account, "echo": Echo}
 GAP_MAX_S = 0.020
-KILLS_MAX = 4
+KILLS = 3
+TASKS = Path("/proc/self/task")
 
 
 def deposit(cluster: Cluster, amount: int, request_id: str) -> Decimal:
@@ -30,13 +32,34 @@ def deposit(cluster: Cluster, amount: int, request_id: str) -> Decimal:
             assert time.monotonic() < until
 
 
+def without_processor_s() -> float:
+    """How long threads of this process have been ready and had no processor.
+
+    What the machine adds to a gap: the kernel counts it for each thread, where it
+    is Linux. Elsewhere nothing is known, and a gap is all ours.
+    """
+    if not TASKS.exists():
+        return 0.0
+    waited_ns = 0
+    for task in TASKS.iterdir():
+        with suppress(OSError):  # a thread that has just ended
+            waited_ns += int((task / "schedstat").read_text().split()[1])
+    return waited_ns / 1e9
+
+
 async def longest_gap(done: asyncio.Event) -> float:
-    """Tick every millisecond until `done`; the longest from one tick to the next."""
-    longest, last = 0.0, time.perf_counter()
+    """Tick every millisecond until `done`; the longest from one tick to the next.
+
+    Without the time in which the machine had no processor for this process.
+    """
+    longest, last, last_waited = 0.0, time.perf_counter(), without_processor_s()
     while not done.is_set():
         await asyncio.sleep(0.001)
-        now = time.perf_counter()
-        longest, last = max(longest, now - last), now
+        now, waited = time.perf_counter(), without_processor_s()
+        # A thread that has ended takes its share along.
+        stolen = max(0.0, waited - last_waited)
+        longest = max(longest, now - last - stolen)
+        last, last_waited = time.perf_counter(), waited
     return longest
 
 
@@ -100,14 +123,11 @@ def test_the_account_program_through_a_kill_and_a_restart(tmp_path: Path) -> Non
         assert cluster.ask(account.balance()) == 10
         assert cluster.ask(cluster.proxy(Account, "43").balance()) == 6
 
-        # A loop that is blocked has a gap each time, a busy machine only now and then.
-        gaps: list[float] = []
-        while len(gaps) < KILLS_MAX and min(gaps, default=1.0) > GAP_MAX_S:
-            cluster.add_node(f"more-{len(gaps)}")
+        for number in range(KILLS):
+            cluster.add_node(f"more-{number}")
             found, gap = asyncio.run(balance_through_a_kill(cluster, 50))
             assert found == 10
-            gaps.append(gap)
-        assert min(gaps) <= GAP_MAX_S, gaps
+            assert gap <= GAP_MAX_S
         assert cluster.ask(account.deposit(Decimal(1))) == 11
 
     with Cluster.embedded(nodes=3, kinds=KINDS, store=url, ttl=1.0) as cluster:

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 
 from placement.claim import (
+    ACQUIRING_MAX,
     AcquireLock,
     AnswerPid,
     AskHolderSession,
@@ -441,3 +442,38 @@ def test_an_empty_topology_has_no_partitions() -> None:
     effects = made.adopt(A, PartitionTable.build(Topology(epoch=9), 16), now_ns=1)
 
     assert only(effects, Refuse).refusal.reason == "NotReady"
+
+
+def test_those_beyond_a_bound_wait_for_their_turn_at_the_store_in_order() -> None:
+    made = claims()
+    identities = [Identity("cart", str(number)) for number in range(ACQUIRING_MAX + 3)]
+    effects = [
+        ask(made, number, identity=identity, deadline=(60 + number) * S)
+        for number, identity in enumerate(identities)
+    ]
+    assert [len(each) for each in effects] == [1] * ACQUIRING_MAX + [0, 0, 0]
+    first = effects[0][0].request
+
+    # The next one's turn comes with an answer, or when one is given up.
+    answered = made.acquired(first, acquired(entry(identities[0])), now_ns=0)
+    assert lock(answered).identity == identities[ACQUIRING_MAX]
+    assert only(answered, StartAt).identity == identities[0]
+    assert len(made.acquired(first, acquired(entry(identities[0])), now_ns=0)) == 0
+
+    # Asked again, it keeps its place; in vain it waits until its own deadline only.
+    sent_again = made.tick(now_ns=S)
+    assert [type(each) for each in sent_again].count(AcquireLock) == ACQUIRING_MAX
+    assert only(sent_again, StartAt).identity == identities[0]
+    late = made.tick(now_ns=(60 + ACQUIRING_MAX + 1) * S)
+    refused = [each.identity for each in late if isinstance(each, Refuse)]
+    assert identities[-2] in refused
+    assert identities[-1] not in refused
+    assert lock(late).identity == identities[-1]
+
+
+def test_what_the_store_does_not_answer_is_asked_again_after_growing_pauses() -> None:
+    made = claims()
+    ask(made, deadline=60 * S)
+    tenths = range(1, 200)
+    asked_at = [each / 10 for each in tenths if made.tick(now_ns=each * 100 * MS)]
+    assert asked_at == [0.5, 1.5, 3.5, 7.5, 11.5, 15.5, 19.5]

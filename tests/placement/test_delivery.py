@@ -2,6 +2,7 @@ from typing import Any
 
 from placement.claim import NeedTopology
 from placement.delivery import (
+    ASKED_MAX,
     BOUNCES_MAX,
     WAITING_MAX,
     Deliveries,
@@ -14,6 +15,7 @@ from placement.delivery import (
 from placement.entry import Pid
 from placement.errors import Refusal
 from placement.event import Happened
+from placement.identity import Identity
 from placement.pidcache import PidCache
 from tests.placement.builders import CART, A, B, S, none_of, only, table
 
@@ -260,3 +262,63 @@ def test_an_answer_that_names_no_known_member_is_used_and_not_kept() -> None:
     assert sent(effects) == [(THERE, 1)]
     assert only(effects, NeedTopology).epoch == 0
     assert made.cache.peek(CART) is None
+
+
+def burst(made: Deliveries, count: int) -> list[ResolvePid]:
+    """Questions that messages to so many identities raise at once."""
+    effects = [
+        each
+        for number in range(count)
+        for each in made.hold(
+            Outgoing(number, Identity("cart", str(number)), 60 * S, None), now_ns=0
+        )
+    ]
+    return [each for each in effects if isinstance(each, ResolvePid)]
+
+
+def lone_deliveries() -> Deliveries:
+    made = deliveries(adopted=False)
+    made.adopt(table(A), (), now_ns=0)
+    return made
+
+
+def test_a_burst_does_not_ask_one_coordinator_everything_at_once() -> None:
+    made = lone_deliveries()
+    asked = burst(made, ASKED_MAX + 3)
+    assert len(asked) == ASKED_MAX
+
+    # Whatever answer comes makes room for the one that has waited longest.
+    pid = Pid(asked[0].identity, A, 5)
+    first = only(made.resolved(asked[0].request, pid, now_ns=1), ResolvePid)
+    assert first.identity == Identity("cart", str(ASKED_MAX))
+    refusal = Refusal("Pending", "later")
+    second = only(made.refused(asked[1].request, refusal, now_ns=1), ResolvePid)
+    assert second.identity == Identity("cart", str(ASKED_MAX + 1))
+    assert none_of(made.refused(asked[1].request, refusal, now_ns=1), ResolvePid)
+
+    # What is not answered is waited for no longer than until it is asked again.
+    again = [each for each in made.tick(now_ns=S + 2) if isinstance(each, ResolvePid)]
+    assert Identity("cart", str(ASKED_MAX + 2)) in {each.identity for each in again}
+    assert len(again) == len({each.identity for each in again}) == ASKED_MAX + 2
+    # Those that were asked twice are asked more seldom.
+    assert made.tick(now_ns=S + 3) == ()
+    assert len(made.tick(now_ns=2 * S + 3)) == 2
+
+
+def test_one_that_waits_for_its_turn_is_late_by_its_own_deadline() -> None:
+    made = lone_deliveries()
+    burst(made, ASKED_MAX)
+    late = Outgoing(9_999, Identity("cart", "late"), S // 2, None)
+    assert made.hold(late, now_ns=0) == ()
+    assert only(made.tick(now_ns=S // 2), FailMessage).message is late
+
+
+def test_a_burst_is_asked_elsewhere_when_its_coordinator_has_left() -> None:
+    made = lone_deliveries()
+    burst(made, ASKED_MAX + 3)
+    effects = made.adopt(table(B, epoch=2), [A], now_ns=1)
+    asked = [each for each in effects if isinstance(each, ResolvePid)]
+    assert len(asked) == ASKED_MAX
+    assert {each.owner for each in asked} == {B}
+    pid = Pid(asked[0].identity, B, 5)
+    assert only(made.resolved(asked[0].request, pid, now_ns=1), ResolvePid)

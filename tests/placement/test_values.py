@@ -26,7 +26,7 @@ from placement.event import EventsLost, Happened, PidCacheEvent, event_of
 from placement.identity import NAME_BYTES_MAX, BadIdentity, Identity
 from placement.lease import Guard
 from placement.partition import PartitionTable
-from placement.pidcache import PidCache
+from placement.pidcache import PidCache, PlacementResolution
 from placement.registry import VirtualActorRegistry
 from placement.rendezvous import RendezvousHasher, partition_of
 from placement.topology import Member, SessionId, Topology, node_of
@@ -280,6 +280,32 @@ def test_a_guard_that_has_said_no_is_shut_for_good() -> None:
 
 def pid(number: int, token: int = 1, session: SessionId = A) -> Pid:
     return Pid(Identity("cart", str(number)), session, token)
+
+
+def test_what_is_kept_of_a_reference_is_found_as_long_as_the_reference() -> None:
+    cache, pid = PidCache(ttl_ns=10, size_max=2), Pid(CART, A, 7)
+    kept = PlacementResolution(
+        identity=CART,
+        pid=pid,
+        owner=A,
+        locality="local",
+        fencing_token=7,
+        epoch=1,
+        observed_at_ms=0,
+    )
+    cache.keep(kept)
+    assert cache.resolution(CART, 0) is None
+    cache.put(pid, 0)
+    assert cache.resolution(CART, 0) is None
+    cache.keep(kept)
+    assert cache.resolution(CART, 9) is kept
+    assert cache.resolution(str(CART), 9) is kept
+    assert cache.resolution(CART, 10) is None
+    cache.put(Pid(CART, B, 8), 0)
+    cache.keep(kept)  # of a reference that is known no more
+    assert cache.resolution(CART, 0) is None
+    cache.clear()
+    assert len(cache) == 0
 
 
 def test_the_cache_forgets_by_time_size_token_and_topology() -> None:
