@@ -24,7 +24,7 @@ from typing import Any
 from actors import Grain, Kind, PlacementNode
 from actors.activation import Activation, GrainActivation, HandledWitness
 from actors.clock import SystemClock
-from actors.dispatch import Dispatcher, ThreadDispatcher
+from actors.dispatch import Dispatcher, Timer, Turn
 from actors.engine import EmbeddedEngine
 from actors.future import Future
 from actors.store_memory import MemoryStore, Row
@@ -131,24 +131,53 @@ def idle(effort: Effort, *, how: str) -> Measurement:
 # --- starts and passivations ---
 
 
-class ChurnHost:
-    """All that an activation needs of its node: the registry, and a dispatcher.
+class Turns:
+    """A dispatcher without a thread: `run` takes all turns that were posted.
 
-    What the placement actor does with the reports is not measured here: `arrived`
-    is set when `waited_for` of them have come.
+    A busy machine lets a thread wait for its turn, which is no cost of a start.
     """
 
     def __init__(self) -> None:
-        self.dispatcher: Dispatcher = ThreadDispatcher("bench", SystemClock())
+        self._turns: deque[tuple[Turn, tuple[Any, ...]]] = deque()
+        self.now_ns = SystemClock().now_ns
+
+    def post(self, turn: Turn, /, *arguments: Any) -> None:
+        """Run it at the next `run`."""
+        self._turns.append((turn, arguments))
+
+    def call_at(self, when_ns: int, turn: Turn, /, *arguments: Any) -> Timer:
+        """Nobody sets timers here."""
+        raise NotImplementedError
+
+    def is_current(self) -> bool:
+        """There is no other thread."""
+        return True
+
+    def run(self) -> None:
+        """Take all turns, those too that are posted meanwhile."""
+        while self._turns:
+            turn, arguments = self._turns.popleft()
+            turn(*arguments)
+
+
+class ChurnHost:
+    """All that an activation needs of its node: the registry, and a dispatcher.
+
+    What the placement actor does with the reports is not measured here: they are
+    counted.
+    """
+
+    def __init__(self) -> None:
+        self.turns = Turns()
+        self.dispatcher: Dispatcher = self.turns
         self.random = Random(1)  # noqa: S311
-        self.now_ns = self.dispatcher.now_ns
+        self.now_ns = self.turns.now_ns
         self.registry: VirtualActorRegistry[Activation] = VirtualActorRegistry()
         self.lock = threading.Lock()
         self.ask_timeout = 10.0
         self.current: Activation | None = None
+        self.report_count = 0
         self.witness: HandledWitness | None = None
-        self.waited_for = 0
-        self.arrived = threading.Event()
 
     def wall_ms(self) -> int:
         """The wall clock."""
@@ -192,6 +221,15 @@ class ChurnHost:
     def publish(self, happened: Happened) -> None:
         """Nobody listens."""
 
+    def handled(self, pid: Pid) -> None:
+        """No witness."""
+
+    def touch(self, pid: Pid, now_ns: int) -> None:
+        """Nobody asks here."""
+
+    def use(self, pid: Pid, now_ns: int, *, is_over: bool) -> None:
+        """Nobody asks here."""
+
     def send(
         self,
         identity: Identity,
@@ -206,18 +244,17 @@ class ChurnHost:
         raise NotImplementedError
 
     def _report(self) -> None:
-        self.waited_for -= 1
-        if not self.waited_for:
-            self.arrived.set()
+        self.report_count += 1
 
     def wait(self, count: int, act: Callable[[], None]) -> float:
-        """Seconds of `act` until the `count` reports that it causes have arrived."""
-        self.arrived.clear()
-        self.waited_for = count
+        """Seconds of `act` and of the turns that it posts; `count` report that."""
+        self.report_count = 0
         began = time.perf_counter()
         act()
-        assert self.arrived.wait(_WAIT_S)
-        return time.perf_counter() - began
+        self.turns.run()
+        spent = time.perf_counter() - began
+        assert self.report_count == count
+        return spent
 
 
 def churn(hosted: int, rounds: int) -> dict[str, list[float]]:
