@@ -5,7 +5,7 @@ commit, loses the answer, commits late, takes long, or cannot be reached.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -193,9 +193,17 @@ class SimulatedStore:
 
     @contextmanager
     def _call(self, what: str) -> Iterator[None]:
+        trouble = None
+        for fault in self._shared.faults:
+            trouble = fault.trouble(self._node) or trouble
         try:
-            with self._troubled():
+            if trouble is None:
                 yield
+                world = self._world
+                world.spend(_LEAST_NS + int(world.jitter() * _SPREAD_NS))
+            else:
+                with self._troubled(trouble):
+                    yield
         finally:
             if self._shared.after_call:
                 made = self._shared.after_call.pop((self._node, what), None)
@@ -203,15 +211,8 @@ class SimulatedStore:
                     made()
 
     @contextmanager
-    def _troubled(self) -> Iterator[None]:
+    def _troubled(self, trouble: Trouble) -> Iterator[None]:
         world = self._world
-        trouble = None
-        for fault in self._shared.faults:
-            trouble = fault.trouble(self._node) or trouble
-        if trouble is None:
-            yield
-            world.spend(_LEAST_NS + int(world.jitter() * _SPREAD_NS))
-            return
         match trouble.what:
             case "stale":
                 self._age_ns = trouble.delay_ns
@@ -241,11 +242,9 @@ class SimulatedStore:
                 yield
                 world.spend(trouble.delay_ns)
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self) -> AbstractContextManager[None]:
         """Make the calls inside at once."""
-        with self._call("entries"):
-            yield
+        return self._call("entries")
 
     def _entries(self, method: Callable[[Any], Any], requests: Sequence[Any]) -> Any:
         self._shared.operation_count += len(requests)

@@ -5,8 +5,7 @@ waits behind other effects.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -62,33 +61,48 @@ class Turnstile:
         self._urgent_count = 0
         self._is_taken = False
 
-    @contextmanager
-    def urgent(self) -> Iterator[None]:
-        """Pass as soon as whoever is inside has left."""
+        #: Passes as soon as whoever is inside has left.
+        self.urgent = _Pass(self.enter_urgent, self.leave)
+        #: Passes when nobody is inside, and nobody urgent waits.
+        self.patient = _Pass(self.enter_patient, self.leave)
+
+    def enter_urgent(self) -> None:
+        """Wait until whoever is inside has left."""
         with self._changed:
             self._urgent_count += 1
             while self._is_taken:
                 self._changed.wait()
             self._urgent_count -= 1
             self._is_taken = True
-        yield from self._inside()
 
-    @contextmanager
-    def patient(self) -> Iterator[None]:
-        """Pass when nobody is inside, and nobody urgent waits."""
+    def enter_patient(self) -> None:
+        """Wait until nobody is inside, and nobody urgent waits."""
         with self._changed:
             while self._is_taken or self._urgent_count:
                 self._changed.wait()
             self._is_taken = True
-        yield from self._inside()
 
-    def _inside(self) -> Iterator[None]:
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._is_taken = False
-                self._changed.notify_all()
+    def leave(self) -> None:
+        """Let the next one in."""
+        with self._changed:
+            self._is_taken = False
+            self._changed.notify_all()
+
+
+class _Pass:
+    """A way through a turnstile, for a `with` statement; used again and again."""
+
+    __slots__ = ("_enter", "_leave")
+
+    def __init__(self, enter: Callable[[], None], leave: Callable[[], None]) -> None:
+        self._enter = enter
+        self._leave = leave
+
+    def __enter__(self) -> None:
+        self._enter()
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
 
 
 def _grouped(urgent: list[Perform]) -> list[tuple[SessionRequest, list[Perform]]]:
@@ -161,7 +175,7 @@ class StoreActor(DispatchedActor):
             else:
                 urgent.append(message)
         for request, asked in _grouped(urgent):
-            with self._turnstile.urgent():
+            with self._turnstile.urgent:
                 outcome = self._perform_session(request)
             self.request_count += len(asked)
             # At once: a renewal's answer waits for nothing else.
@@ -169,7 +183,7 @@ class StoreActor(DispatchedActor):
                 perform.to.post(_reply, [(perform, outcome)])
         if entries:
             steps = _steps(entries)
-            with self._turnstile.patient():
+            with self._turnstile.patient:
                 self._perform_all(steps)
             done += ((asked, step.outcome) for step in steps for asked in step.asked)
         self.batch_count += 1

@@ -95,7 +95,8 @@ class World:
         try:
             while due and due[0][0] <= until_ns:
                 at_ns, _, turn, arguments = pop(due)
-                self.now_ns = max(self.now_ns, at_ns)
+                if at_ns > self.now_ns:  # noqa: PLR1730  max() is called
+                    self.now_ns = at_ns
                 steps += 1
                 turn(*arguments)
         finally:
@@ -226,14 +227,14 @@ class SteppedDispatcher:
             self._is_scheduled = True
             world = self._world
             at_ns = world.now_ns + int(world.jitter() * self._lag_ns)
-            world.at(max(at_ns, self._free_ns), self._run)
+            world.at(max(self._free_ns, at_ns), self._run)
 
     def call_at(self, when_ns: int, turn: Turn, /, *arguments: Any) -> Timer:
         """Run `turn` once this process's clock shows `when_ns`."""
         timer = Timer(turn, arguments)
         world = self._world
-        true_ns = self._process.true_ns(when_ns)
-        world.at(max(true_ns, world.now_ns + world.spent_ns), self._ring, timer)
+        true_ns, soonest_ns = self._process.true_ns(when_ns), world.moment_ns()
+        world.at(max(soonest_ns, true_ns), self._ring, timer)
         return timer
 
     def _ring(self, timer: Timer) -> None:
