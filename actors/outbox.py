@@ -256,7 +256,6 @@ class Outbox:
         pid = self._deliveries.route(message.identity, now_ns)
         if pid is None:
             self._perform(self._deliveries.hold(message, now_ns=now_ns))
-            self._alarm.set(now_ns + _LOOK_EVERY_NS)
         elif self._is_performing:
             self._effects.append(Transmit(pid, message))
         else:
@@ -275,6 +274,10 @@ class Outbox:
                 self._perform_one(self._effects.popleft())
         finally:
             self._is_performing = False
+        due_ns = self._deliveries.due_ns
+        if due_ns is not None:
+            # In a while at the soonest: many are due at nearly the same time.
+            self._alarm.set(max(due_ns, self._now_ns() + _LOOK_EVERY_NS))
 
     def _perform_one(self, effect: DeliveryEffect) -> None:
         match effect:
@@ -394,7 +397,6 @@ class Outbox:
             self._perform(
                 self._deliveries.bounced(pid, message, needs_mark=False, now_ns=now_ns)
             )
-            self._alarm.set(now_ns + _LOOK_EVERY_NS)
 
     # --- frames that come back ---
 
@@ -442,7 +444,6 @@ class Outbox:
                     now_ns=now_ns,
                 )
             )
-            self._alarm.set(now_ns + _LOOK_EVERY_NS)
 
     def on_marked(self, identity: Identity, mark: int) -> None:
         """A mark is back."""
@@ -483,8 +484,6 @@ class Outbox:
                 heapq.heappop(self._deadlines)
             if self._deadlines:
                 self._alarm.set(self._deadlines[0][0])
-            if self._deliveries.is_holding:
-                self._alarm.set(now_ns + _LOOK_EVERY_NS)
         for each in late:
             _end(each, OutcomeUnknown(f"{identity_of(each)}: no answer in time"))
 

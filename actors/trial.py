@@ -572,9 +572,10 @@ class Trial:
         """Stop all nodes in good order, while activations start everywhere."""
         world = self.world
         draw = world.stream("stops").random
-        for name in sorted(self.nodes):
+        for index, name in enumerate(sorted(self.nodes)):
             node = self.nodes[name]
-            for number in range(self.scenario.identities):
+            # Each of them sought by two nodes or more.
+            for number in range(index % 3, self.scenario.identities, 3):
                 node.seek(f"log/{number}", timeout=2 * TTL_S)
             world.after(draw() * _STOPS_WITHIN_S, self._stop_now, node)
         # Sooner than what nobody ends would end by being idle.

@@ -34,6 +34,7 @@ OVER_MAX = 100_000
 #: Of how many sessions it is remembered that they are over.
 ENDED_MAX = 10_000
 WAITING_MAX = 10_000
+_NEVER_NS = 1 << 63
 
 #: How many questions to one coordinator are under way; more wait here, so that a
 #: burst does not keep it, and the node that it is on, from all else. One without an
@@ -147,6 +148,7 @@ class Deliveries:
         self.cache = cache
         self._held: dict[Identity, _Hold] = {}
         self._by_request: dict[int, _Hold] = {}
+        self._first_due_ns = _NEVER_NS
         self._asked_count: dict[SessionId, int] = {}
         self._queues: dict[SessionId, deque[int]] = {}
         self._with_room: dict[SessionId, None] = {}
@@ -158,9 +160,9 @@ class Deliveries:
         self._last_request = 0
 
     @property
-    def is_holding(self) -> bool:
-        """Whether messages wait, so that `tick` is wanted."""
-        return bool(self._held)
+    def due_ns(self) -> int | None:
+        """When `tick` is wanted, perhaps in vain; none while no message waits."""
+        return self._first_due_ns if self._held else None
 
     def held(self) -> tuple[Identity, ...]:
         """The identities for which messages wait."""
@@ -255,7 +257,7 @@ class Deliveries:
                 why = f"{WAITING_MAX} messages wait to know where {hold.identity} is"
                 return (FailMessage(message, Refusal("Overloaded", why)),)
             hold.waiting.append(message)
-            hold.due_ns = min(hold.due_ns, message.deadline_ns)
+            self._due(hold, min(hold.due_ns, message.deadline_ns))
             return ()
         hold = self._new_hold(message.identity)
         hold.waiting.append(message)
@@ -283,7 +285,7 @@ class Deliveries:
         hold = self._held.get(pid.identity)
         if hold is not None:
             hold.bounced.append(message)
-            hold.due_ns = min(hold.due_ns, message.deadline_ns)
+            self._due(hold, min(hold.due_ns, message.deadline_ns))
             return ()
         hold = self._new_hold(pid.identity)
         hold.bounced.append(message)
@@ -409,7 +411,11 @@ class Deliveries:
             else:
                 self._uncount(hold)
                 effects += self._resolve(hold, now_ns)
-        return (*effects, *self._admit(now_ns))
+        effects += self._admit(now_ns)
+        self._first_due_ns = min(
+            (hold.due_ns for hold in self._held.values()), default=_NEVER_NS
+        )
+        return tuple(effects)
 
     # --- steps ---
 
@@ -456,7 +462,11 @@ class Deliveries:
 
     def _until(self, hold: _Hold, at_ns: int) -> None:
         first = min(message.deadline_ns for message in hold.messages())
-        hold.due_ns = min(at_ns, first)
+        self._due(hold, min(at_ns, first))
+
+    def _due(self, hold: _Hold, at_ns: int) -> None:
+        hold.due_ns = at_ns
+        self._first_due_ns = min(self._first_due_ns, at_ns)
 
     def _pause(self, hold: _Hold, now_ns: int) -> None:
         hold.tried += 1

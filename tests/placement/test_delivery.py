@@ -91,7 +91,7 @@ def test_all_that_waits_for_a_resolution_goes_in_order() -> None:
     assert sent(effects) == [(HERE, 1), (HERE, 2)]
     assert made.route(CART, 1) == HERE
     assert made.resolved(resolve.request, HERE, now_ns=1) == ()
-    assert not made.is_holding
+    assert made.due_ns is None
 
 
 def test_what_bounced_goes_before_what_waited_once_the_mark_is_back() -> None:
@@ -224,7 +224,7 @@ def test_a_hold_whose_messages_all_failed_is_dropped() -> None:
     made = deliveries()
     held(made)
     assert only(made.tick(now_ns=10 * S), FailMessage)
-    assert not made.is_holding
+    assert made.due_ns is None
 
 
 def test_more_than_so_many_do_not_wait_for_one_identity() -> None:
