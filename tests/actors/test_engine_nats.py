@@ -31,6 +31,8 @@ from tests.actors.nats_servers import (
     nats_server,
 )
 
+pytestmark = pytest.mark.servers
+
 SECRET = "s3cr3t-word"
 
 

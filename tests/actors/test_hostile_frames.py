@@ -44,6 +44,8 @@ from tests.actors.actors_under_test import Echo
 from tests.actors.nats_servers import NatsServer, nats_server
 from tests.actors.node_processes import Process, await_fact, ended, placement
 
+pytestmark = pytest.mark.servers
+
 GOLDEN = [
     bytes.fromhex(path.read_text())
     for path in sorted((Path(__file__).parents[1] / "data" / "frames").glob("*.hex"))

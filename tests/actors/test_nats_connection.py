@@ -29,6 +29,8 @@ from tests.actors.nats_servers import (
     nats_server,
 )
 
+pytestmark = pytest.mark.servers
+
 if TYPE_CHECKING:
     from nats.aio.client import Client
 

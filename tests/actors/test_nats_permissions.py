@@ -22,6 +22,8 @@ from tests.actors.node_processes import (
     placement,
 )
 
+pytestmark = pytest.mark.servers
+
 ECHO = "echo=tests.actors.actors_under_test:Echo"
 PASSWORDS = {"one": "change-1", "two": "change-2", "alice": "change-3"}
 

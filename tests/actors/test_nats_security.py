@@ -20,6 +20,8 @@ from actors.nats_connection import (
 )
 from tests.actors.nats_servers import NatsServer, nats_server
 
+pytestmark = pytest.mark.servers
+
 TLS = Path(__file__).parents[1] / "data" / "tls"
 SECRET = "s3cr3t-word"
 

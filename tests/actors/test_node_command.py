@@ -25,6 +25,8 @@ from tests.actors.nats_servers import (
 )
 from tests.actors.node_processes import Process, await_fact, ended, placement
 
+pytestmark = pytest.mark.servers
+
 SECRET = "s3cr3t-word"
 ECHO = "echo=tests.actors.actors_under_test:Echo"
 STUCK = "stuck=tests.actors.test_node_command:Stuck"

@@ -36,6 +36,8 @@ from tests.actors.postgres_builders import (
 )
 from tests.actors.postgres_server import PASSWORD, PostgresServer, Wire
 
+pytestmark = pytest.mark.servers
+
 
 def dump(
     server: PostgresServer, schema: str, database: str = "postgres"

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ import pytest
 from actors import Cluster
 from placement.errors import Deadlock, OutcomeUnknown
 from tests.actors.actors_under_test import Account, Echo, InsufficientFunds
+from tests.actors.event_loop import longest_gap
 
 KINDS: dict[str, Any] = {"account": Account, "echo": Echo}
 GAP_MAX_S = 0.020
 KILLS = 3
-TASKS = Path("/proc/self/task")
 
 
 def deposit(cluster: Cluster, amount: int, request_id: str) -> Decimal:
@@ -30,37 +29,6 @@ def deposit(cluster: Cluster, amount: int, request_id: str) -> Decimal:
             )
         except OutcomeUnknown:
             assert time.monotonic() < until
-
-
-def without_processor_s() -> float:
-    """How long threads of this process have been ready and had no processor.
-
-    What the machine adds to a gap: the kernel counts it for each thread, where it
-    is Linux. Elsewhere nothing is known, and a gap is all ours.
-    """
-    if not TASKS.exists():
-        return 0.0
-    waited_ns = 0
-    for task in TASKS.iterdir():
-        with suppress(OSError):  # a thread that has just ended
-            waited_ns += int((task / "schedstat").read_text().split()[1])
-    return waited_ns / 1e9
-
-
-async def longest_gap(done: asyncio.Event) -> float:
-    """Tick every millisecond until `done`; the longest from one tick to the next.
-
-    Without the time in which the machine had no processor for this process.
-    """
-    longest, last, last_waited = 0.0, time.perf_counter(), without_processor_s()
-    while not done.is_set():
-        await asyncio.sleep(0.001)
-        now, waited = time.perf_counter(), without_processor_s()
-        # A thread that has ended takes its share along.
-        stolen = max(0.0, waited - last_waited)
-        longest = max(longest, now - last - stolen)
-        last, last_waited = time.perf_counter(), waited
-    return longest
 
 
 async def balance_through_a_kill(cluster: Cluster, more: int) -> tuple[Decimal, float]:

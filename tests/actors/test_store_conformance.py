@@ -69,6 +69,7 @@ class TestSqliteStoreSyncedLess(TestSqliteStore):
     options = "?synchronous=NORMAL"
 
 
+@pytest.mark.servers
 class TestPostgresStore(StoreConformance):
     @pytest.fixture(autouse=True)
     def in_a_database(self, postgres: PostgresServer) -> None:

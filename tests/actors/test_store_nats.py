@@ -57,6 +57,8 @@ from tests.actors.nats_servers import (
     nats_server,
 )
 
+pytestmark = pytest.mark.servers
+
 A, B = SessionId("node-a.1#1"), SessionId("node-b.1#1")
 CART, USER = Identity("cart", "42"), Identity("user", "7")
 KIB, MIB = 1 << 10, 1 << 20

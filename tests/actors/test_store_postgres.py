@@ -52,6 +52,8 @@ from tests.actors.postgres_builders import (
 )
 from tests.actors.postgres_server import PostgresServer, Wire
 
+pytestmark = pytest.mark.servers
+
 # --- builders ---
 
 

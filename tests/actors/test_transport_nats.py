@@ -37,6 +37,8 @@ from placement.event import Happened
 from placement.topology import Address
 from tests.actors.nats_servers import NatsServer, nats_server
 
+pytestmark = pytest.mark.servers
+
 A, B, C = Address("node-1.a1"), Address("node 2.b2"), Address("client.c3")
 HINT = TopologyHint(7)
 
