@@ -50,18 +50,21 @@ class BadFaults(ValueError):
 
 
 def parse_faults(text: str) -> tuple[str, ...]:
-    """Read `none`, `all`, or names with commas.
+    """Read `none`, or names with commas, of which `all` is the usual ones.
 
     Raises:
         BadFaults: a name is no fault's.
     """
     if text == "none":
         return ()
-    if text == "all":
-        return FAULTS
-    names = tuple(part.strip() for part in text.split(","))
-    for name in names:
-        if name not in (*FAULTS, "drift-beyond", STALE):
+    names: list[str] = []
+    for part in text.split(","):
+        name = part.strip()
+        if name == "all":
+            names += FAULTS
+        elif name in (*FAULTS, "drift-beyond", STALE):
+            names.append(name)
+        else:
             raise BadFaults(
                 f"unknown fault {name!r}; known are none, all, "
                 f"{', '.join(FAULTS)}, drift-beyond, {STALE}"

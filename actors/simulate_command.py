@@ -51,7 +51,7 @@ def _list_defects() -> None:
 @click.option("--requests", default=5_000, show_default=True, help="Asks of a trial.")
 @click.option("--seed", default="1", show_default=True, help="A number, or random.")
 @click.option("--seeds", default=1, show_default=True, help="How many, from it on.")
-@click.option("--faults", default="all", show_default=True, help="none, all, or a,b.")
+@click.option("--faults", default="all", show_default=True, help="none, or all,a,b.")
 @click.option("--defect", default="", help="A known-broken variant; list: which.")
 @click.option("--jobs", default=2, show_default=True, help="Trials at once.")
 @click.option("--trace", metavar="FILE", help="Everything of a trial, as JSON lines.")

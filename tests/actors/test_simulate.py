@@ -119,6 +119,7 @@ def test_a_trial_without_one_episode_is_otherwise_the_same_plan() -> None:
 def test_faults_are_named_and_unknown_ones_refused() -> None:
     assert parse_faults("none") == ()
     assert parse_faults("all") == FAULTS
+    assert parse_faults("all, store-stale,drop") == (*FAULTS, "store-stale")
     assert parse_faults("drop, pause,drop") == ("drop", "pause")
     with pytest.raises(BadFaults, match="unknown fault 'rain'"):
         parse_faults("drop,rain")

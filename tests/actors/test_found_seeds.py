@@ -1,0 +1,14 @@
+"""Seeds that have found a bug of ours: each breaks a rule where its mend is taken back."""
+
+import pytest
+
+from actors.faults import FAULTS, STALE
+from actors.trial import Scenario, Trial
+
+pytestmark = pytest.mark.seeds
+
+
+def test_seed_2_with_old_readings_what_one_lacks_is_not_over() -> None:
+    found = Trial(2, Scenario(faults=(*FAULTS, STALE))).perform()
+
+    assert found.violations == ()
