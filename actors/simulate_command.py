@@ -52,7 +52,9 @@ def _list_defects() -> None:
 @click.option("--seed", default="1", show_default=True, help="A number, or random.")
 @click.option("--seeds", default=1, show_default=True, help="How many, from it on.")
 @click.option("--faults", default="all", show_default=True, help="none, or all,a,b.")
-@click.option("--defect", default="", help="A known-broken variant; list: which.")
+@click.option(
+    "--defect", default="", help="A broken variant, until found; list: which."
+)
 @click.option("--jobs", default=2, show_default=True, help="Trials at once.")
 @click.option("--trace", metavar="FILE", help="Everything of a trial, as JSON lines.")
 @click.option("--shrink", "is_shrunk", is_flag=True, help="Find fewer faults that do.")
@@ -145,7 +147,11 @@ def _perform(seeds: range, scenario: Scenario, jobs: int) -> Sum:
             said = f"trials, {violations} violations" if violations else "trials"
             bar.update(task, completed=runs, description=said)
 
-        return simulate(seeds, scenario, jobs=jobs, progress=progress)
+        # A broken variant is found or not; the sound cluster is tried to the end.
+        until_first = bool(scenario.defect)
+        return simulate(
+            seeds, scenario, jobs=jobs, progress=progress, until_first=until_first
+        )
 
 
 def _tell(seed: int, scenario: Scenario, *, is_shrunk: bool) -> None:

@@ -1,4 +1,4 @@
-"""Seeds that have found a bug of ours: each breaks a rule where its mend is taken back."""
+"""Seeds that have found a bug of ours: without its mend each breaks a rule."""
 
 import pytest
 

@@ -174,6 +174,8 @@ def test_a_broken_rule_ends_with_1_and_is_told_shrunk() -> None:
         *SMALL_OPTIONS,
         "--defect",
         "handled-twice",
+        "--seeds",
+        "40",
         "--faults",
         "duplicate,grain,store-slow,churn",
         "--shrink",
@@ -183,6 +185,7 @@ def test_a_broken_rule_ends_with_1_and_is_told_shrunk() -> None:
     assert done.exit_code == 1, done.output
     found = json.loads(done.stdout)
     assert found["violations"] > 0
+    assert found["runs"] == 1
     assert found["first_violation"]["seed"] == 1
     assert found["first_violation"]["rule"] == "handled-once"
     assert "seed 1 breaks handled-once: " in done.stderr
