@@ -176,6 +176,8 @@ def test_a_broken_rule_ends_with_1_and_is_told_shrunk() -> None:
         "handled-twice",
         "--seeds",
         "40",
+        "--jobs",
+        "1",
         "--faults",
         "duplicate,grain,store-slow,churn",
         "--shrink",
