@@ -100,6 +100,7 @@ class Outbox:
         self._alarm = Alarm(dispatcher, self._tick)
         self._effects: deque[DeliveryEffect] = deque()
         self._is_performing = False
+        self._needed_epochs: set[int] = set()
 
     def waiting(self) -> tuple[Identity, ...]:
         """The identities for which a message is held or an answer awaited."""
@@ -274,6 +275,11 @@ class Outbox:
                 self._perform_one(self._effects.popleft())
         finally:
             self._is_performing = False
+        if self._needed_epochs:
+            # Once for all that is held: 0 reads whatever is known.
+            needed = 0 if 0 in self._needed_epochs else max(self._needed_epochs)
+            self._needed_epochs.clear()
+            self._need_topology(needed)
         due_ns = self._deliveries.due_ns
         if due_ns is not None:
             # In a while at the soonest: many are due at nearly the same time.
@@ -303,7 +309,7 @@ class Outbox:
             case FailMessage(message, refusal):
                 self._fail(message, refusal)
             case NeedTopology(epoch):
-                self._need_topology(epoch)
+                self._needed_epochs.add(epoch)
             case Happened():
                 self._publish(effect)
 

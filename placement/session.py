@@ -130,7 +130,7 @@ class Watch:
         self.topology = Topology()
         self.is_known = False
         self._seen: dict[SessionId, tuple[SessionRecord, int]] = {}
-        self._closing: dict[SessionId, int] = {}
+        self._told: frozenset[SessionId] = frozenset()
 
     def view(
         self, view: SessionView, now_ns: int
@@ -154,7 +154,11 @@ class Watch:
         ]
         # Not those that are only absent: the reading may be one from before they
         # were opened, and who is taken for over stays so.
-        over = tuple(sorted({*closed, *left}))
+        # And what is closed is told once, however long a record names it: who hears
+        # of it may ask for a newer reading, which would say the same again.
+        over = tuple(sorted({*(closed - self._told), *left}))
+        named = {member.session for member in view.topology.members}
+        self._told = frozenset(closed | (self._told & named))
         is_new = view.topology.epoch > self.topology.epoch or not self.is_known
         effects: tuple[SessionEffect, ...] = ()
         if is_new or over:

@@ -213,6 +213,22 @@ def test_a_reading_from_before_an_opening_does_not_say_that_it_is_over() -> None
     assert only(effects, TopologyAdopted).closed == ()
 
 
+def test_a_member_that_is_closed_is_told_once_and_once_more_when_it_has_left() -> None:
+    made = Observer(renew_every_ns=EVERY)
+    made.start(0)
+    dead = view(closed=(A,), members=(A,), epoch=3)
+
+    assert only(made.viewed(dead, 0), TopologyAdopted).closed == (A,)
+    assert made.viewed(dead, 1) == ()
+    # An older reading of the same epoch makes it no news.
+    assert made.viewed(view(A, epoch=3), 2) == ()
+    assert made.viewed(dead, 3) == ()
+
+    gone = made.viewed(view(closed=(A,), members=(), epoch=4), 4)
+    assert only(gone, TopologyAdopted).closed == (A,)
+    assert made.viewed(view(closed=(A,), members=(), epoch=4), 5) == ()
+
+
 def test_another_is_closed_only_when_it_stood_still_for_its_whole_time() -> None:
     made, _ = joined()
     made.viewed(view(FIRST, A, epoch=2, counts={A: 1}), 1 * S)
