@@ -481,11 +481,11 @@ DEFECTS: dict[str, Defect] = {
     "lease-from-answer": _defect(
         LeaseFromAnswer, 2, "closed-session", "one-activation"
     ),
-    "no-margin": _defect(NoMargin, 42, "closed-session", "one-activation"),
+    "no-margin": _defect(NoMargin, 12, "closed-session", "one-activation"),
     "entry-after-start": _defect(EntryAfterStart, 1, "entry-first"),
     "entry-replaced": _defect(EntryReplaced, 1, "owner-open"),
     "close-ignores-count": _defect(
-        CloseIgnoresCount, 1, "closed-session", "one-activation"
+        CloseIgnoresCount, 3, "closed-session", "one-activation"
     ),
     "late-release": _defect(LateRelease, 1, "stale-write"),
     "stale-save": _defect(StaleSave, 2, "stale-write"),

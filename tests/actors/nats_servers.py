@@ -4,12 +4,12 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from actors.nats_server import find_server
+from tests.waiting import eventually
 
 READY_WITHIN_S = 20.0
 
@@ -72,12 +72,12 @@ class NatsServer:
             )
 
     def await_ready(self) -> None:
-        until_s = time.monotonic() + READY_WITHIN_S
-        while self._ready not in self.log:
+        def is_ready() -> bool:
             assert self._process is not None
             assert self._process.poll() is None, self.log
-            assert time.monotonic() < until_s, self.log
-            time.sleep(0.02)
+            return self._ready in self.log
+
+        eventually(is_ready, READY_WITHIN_S, or_say=lambda: self.log)
 
     def start(self) -> None:
         self.launch()

@@ -5,21 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 PLACEMENT = [sys.executable, "-c", "from actors.main import main; main()"]
 READY_WITHIN_S = 30.0
-
-
-def await_fact(fact: Callable[[], object], *, within_s: float = 30.0) -> None:
-    until_s = time.monotonic() + within_s
-    while not fact():
-        assert time.monotonic() < until_s, "it did not come true"
-        time.sleep(0.01)
 
 
 def placement(
@@ -79,7 +73,7 @@ class Process:
     def await_ready(self) -> None:
         assert self._process is not None
         process = self._process
-        await_fact(
+        eventually(
             lambda: "ready" in self.out or process.poll() is not None,
             within_s=READY_WITHIN_S,
         )

@@ -2,8 +2,7 @@
 
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -67,13 +66,6 @@ def terminate(server: PostgresServer, *processes: int) -> None:
     """End these connections, and wait until they are gone."""
     for process in processes:
         server.run(f"SELECT pg_terminate_backend({process}, 10000)")
-
-
-def until(condition: Callable[[], bool], within_s: float = 30.0) -> None:
-    until_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < until_s
-        time.sleep(0.002)
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen[str]:

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+
+from tests.waiting import eventually
 
 NOBODY = 65_534
 PASSWORD = "s3cr3t-pässword"
@@ -109,15 +110,15 @@ class PostgresServer:
                 start_new_session=True,  # a signal to all of a run ends the run first
                 **self._as_user,
             )
-        until_s = time.monotonic() + STARTS_WITHIN_S
-        while True:
-            try:
-                self.connect().close()
-            except psycopg.OperationalError:
-                assert time.monotonic() < until_s, (self.folder / "log").read_text()
-                time.sleep(0.02)
-            else:
-                return
+        log_file = self.folder / "log"
+        eventually(self._answers, STARTS_WITHIN_S, or_say=log_file.read_text)
+
+    def _answers(self) -> bool:
+        try:
+            self.connect().close()
+        except psycopg.OperationalError:
+            return False
+        return True
 
     def stop(self, *, immediately: bool = False) -> None:
         """Stop it; immediately: as a crash would."""

@@ -23,7 +23,8 @@ from placement.errors import (
     StoreFailed,
     describe,
 )
-from tests.actors.test_cluster import FAST, eventually
+from tests.actors.test_cluster import FAST
+from tests.waiting import eventually
 
 RAISED: dict[str, type[BaseException]] = {
     "exit": SystemExit,

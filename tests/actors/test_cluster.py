@@ -45,6 +45,7 @@ from tests.actors.actors_under_test import (
     Worker,
 )
 from tests.actors.event_loop import longest_gap
+from tests.waiting import eventually
 
 KINDS: dict[str, Any] = {
     "account": Account,
@@ -68,15 +69,6 @@ def cluster(witness: ActivationWitness) -> Iterator[Cluster]:
     with Cluster.embedded(nodes=3, kinds=KINDS, witness=witness, **FAST) as cluster:
         yield cluster
     assert witness.double_count == 0
-
-
-def eventually(fact: Callable[[], bool], within_s: float = 10.0) -> None:
-    """Wait for a fact that other threads bring about; fail if it never holds."""
-    until = time.monotonic() + within_s
-    pause = threading.Event()
-    while not fact():
-        assert time.monotonic() < until, "it never came true"
-        pause.wait(0.005)
 
 
 def until_answered(act: Callable[[], Any], within_s: float = 10.0) -> Any:

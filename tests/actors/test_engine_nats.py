@@ -1,8 +1,7 @@
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from tests.actors.nats_servers import (
     nats_cluster,
     nats_server,
 )
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.servers
 
@@ -45,13 +45,6 @@ def server() -> Iterator[NatsServer]:
 @pytest.fixture
 def cluster(request: pytest.FixtureRequest) -> str:
     return str(request.node.name)[:60]
-
-
-def await_fact(fact: Callable[[], object], *, within_s: float = 20.0) -> None:
-    until_s = time.monotonic() + within_s
-    while not fact():
-        assert time.monotonic() < until_s, "it did not come true"
-        time.sleep(0.01)
 
 
 @contextmanager
@@ -76,7 +69,7 @@ def nodes_over(
             else:
                 node.start_member()
         members = [node for name, node in made.items() if name != "c"]
-        await_fact(
+        eventually(
             lambda: all(
                 len(node.topology.members) == len(members) for node in made.values()
             )
@@ -122,10 +115,10 @@ def test_a_node_that_leaves_loses_no_message(server: NatsServer, cluster: str) -
 
         with ThreadPoolExecutor(1) as pool:
             done = pool.submit(ask_on)
-            await_fact(lambda: asked > 3)
+            eventually(lambda: asked > 3)
             nodes["a"].stop()
             before = asked
-            await_fact(lambda: asked > before + 3)
+            eventually(lambda: asked > before + 3)
             stop.set()
             done.result()
         assert failures == []
@@ -144,7 +137,7 @@ def test_who_knows_of_no_leave_yet_gets_its_messages_back(
         assert left is not None
         with ThreadPoolExecutor(1) as pool:
             stopped = pool.submit(nodes["a"].stop)
-            await_fact(lambda: nodes["a"].has_left)
+            eventually(lambda: nodes["a"].has_left)
             assert left in client.topology
             for number in range(50):
                 assert client.ref(f"echo/{number}").ask(number, timeout=20) == number
@@ -166,7 +159,7 @@ def test_r2_5_a_killed_node_is_taken_over_after_its_time_to_live(
         dead = nodes["a"].session
         assert dead is not None
         nodes["a"].kill()
-        await_fact(lambda: dead not in client.topology)
+        eventually(lambda: dead not in client.topology)
         for number, token in tokens.items():
             assert client.ref(f"echo/{number}").ask(number) == number
             assert client.resolve(f"echo/{number}").fencing_token >= token
@@ -183,10 +176,10 @@ def test_a_cluster_goes_on_when_its_server_has_been_away(cluster: str) -> None:
         nodes["a"].events.subscribe(events.append)
         assert nodes["c"].ref("echo/1").ask(1) == 1
         mortal.kill()
-        await_fact(lambda: "SessionLapsed" in [event.name for event in events])
+        eventually(lambda: "SessionLapsed" in [event.name for event in events])
         assert "NatsDisconnected" in [event.name for event in events]
         mortal.start()
-        await_fact(lambda: "NatsReconnected" in [event.name for event in events])
+        eventually(lambda: "NatsReconnected" in [event.name for event in events])
         for number in range(20):
             assert nodes["c"].ref(f"echo/{number}").ask(number, timeout=20) == number
 

@@ -12,3 +12,10 @@ def test_seed_2_with_old_readings_what_one_lacks_is_not_over() -> None:
     found = Trial(2, Scenario(faults=(*FAULTS, STALE))).perform()
 
     assert found.violations == ()
+
+
+def test_seed_600_comes_to_an_end_when_the_last_members_have_left() -> None:
+    """It asked for newer readings for ever, and for more of them each time."""
+    found = Trial(600, Scenario(faults=FAULTS)).perform()
+
+    assert found.violations == ()

@@ -42,7 +42,8 @@ from placement.errors import Overloaded
 from placement.topology import Address
 from tests.actors.actors_under_test import Echo
 from tests.actors.nats_servers import NatsServer, nats_server
-from tests.actors.node_processes import Process, await_fact, ended, placement
+from tests.actors.node_processes import Process, ended, placement
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.servers
 
@@ -124,9 +125,9 @@ def test_ten_thousand_hostile_frames_are_each_refused_and_counted(
             data = hostile(chance, node.address, "hostile")
             expected += refused_in(data, node.address, "hostile", is_node=is_node)
             subject = subject_of("hostile", node.address, HOSTILE, is_node=is_node)
-            await_fact(lambda: stranger.publish(subject, data))  # noqa: B023
+            eventually(lambda: stranger.publish(subject, data))  # noqa: B023
         stranger.flush()
-        await_fact(lambda: node.events.counts["FrameRefused"] >= expected)
+        eventually(lambda: node.events.counts["FrameRefused"] >= expected)
 
         assert node.events.counts["FrameRefused"] == expected > 9_000
         assert node.ref("echo/1").ask("still here") == "still here"
@@ -154,7 +155,7 @@ def test_a_repeated_frame_is_handled_once(server: NatsServer) -> None:
             assert client.publish(subject, again)
         last = codec.encode(HOSTILE, node.address, 2, Mark("k/x", 1, 2))
         assert client.publish(subject, last)
-        await_fact(lambda: len(got) >= 2)
+        eventually(lambda: len(got) >= 2)
 
         bodies = [codec.decode(data, receiver=HOSTILE).body for data in got]
         assert bodies == [Marked("k/x", 1, 1), Marked("k/x", 1, 2)]
@@ -193,7 +194,7 @@ def test_memory_stays_flat_and_service_goes_on_under_hostile_frames(
                 is_node = number % 2 == 0
                 subject = subject_of(cluster, to, HOSTILE, is_node=is_node)
                 data = hostile(chance, to, cluster)
-                await_fact(lambda: stranger.publish(subject, data))  # noqa: B023
+                eventually(lambda: stranger.publish(subject, data))  # noqa: B023
             # And what a client may say, without an end: of members to come, to
             # be kept for years.
             subject = subject_of(cluster, to, HOSTILE, is_node=False)
@@ -201,7 +202,7 @@ def test_memory_stays_flat_and_service_goes_on_under_hostile_frames(
                 number = next(numbers)
                 resolve = Resolve(number, f"nobody/{number}", 1 << 60, 1 << 60)
                 data = codec.encode(HOSTILE, to, number, resolve)
-                await_fact(lambda: stranger.publish(subject, data))  # noqa: B023
+                eventually(lambda: stranger.publish(subject, data))  # noqa: B023
             stranger.flush(timeout_s=30)
 
         flood(12_000)

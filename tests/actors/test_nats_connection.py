@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from tests.actors.nats_servers import (
     nats_cluster,
     nats_server,
 )
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.servers
 
@@ -54,13 +55,6 @@ def server() -> Iterator[NatsServer]:
 
 def connected(url: str, **more: Any) -> "closing[NatsConnection]":
     return closing(NatsConnection.open(parse_nats_url(url), **more))
-
-
-def await_fact(fact: Callable[[], object], *, within_s: float = 15.0) -> None:
-    until_s = time.monotonic() + within_s
-    while not fact():
-        assert time.monotonic() < until_s, "it did not come true"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +142,7 @@ def test_frames_arrive_in_order_on_the_thread_of_the_connection(
         )
         sent = [b"%d" % number for number in range(2_000)]
         assert all(connection.publish("order.x", data) for data in sent)
-        await_fact(lambda: len(got) == len(sent))
+        eventually(lambda: len(got) == len(sent))
 
     assert [data for _, data, _ in got] == sent
     assert {(subject, name) for subject, _, name in got} == {
@@ -197,7 +191,7 @@ def test_a_frame_that_the_server_does_not_take_is_lost_alone() -> None:
             connection.subscribe("size", lambda _, data: got.append(data))
             for data in (b"a", b"x" * 2_000, b"b"):
                 assert connection.publish("size", data)
-            await_fact(lambda: got == [b"a", b"b"])
+            eventually(lambda: got == [b"a", b"b"])
             assert [event.name for event in events] == ["OutboundLost"]
 
 
@@ -212,7 +206,7 @@ def test_a_message_that_its_reader_has_no_room_for_is_seen(
         connection.subscribe("slow", lambda _, data: got.append(data))
         for _ in range(50):
             assert connection.publish("slow", b"x")
-        await_fact(lambda: len(got) + connection.counts["SlowConsumer"] == 50)
+        eventually(lambda: len(got) + connection.counts["SlowConsumer"] == 50)
         assert {event.name for event in events} == {"SlowConsumer"}
         assert connection.is_connected
 
@@ -224,7 +218,7 @@ def test_it_heals_by_itself_and_repeats_nothing(server: NatsServer) -> None:
         connection.listen(events.append)
         connection.subscribe("heal", lambda _, data: got.append(data))
         assert connection.publish("heal", b"before")
-        await_fact(lambda: got == [b"before"])
+        eventually(lambda: got == [b"before"])
 
         async def forever(_: "Client") -> None:
             await asyncio.sleep(60)
@@ -240,13 +234,13 @@ def test_it_heals_by_itself_and_repeats_nothing(server: NatsServer) -> None:
         assert not refused.value.may_have_happened
 
         mortal.start()
-        await_fact(lambda: connection.is_connected)
+        eventually(lambda: connection.is_connected)
         assert connection.publish("heal", b"after")
-        await_fact(lambda: got[-1] == b"after")
+        eventually(lambda: got[-1] == b"after")
         assert got == [b"before", b"after"]
         names = [event.name for event in events if event.name != "ServerError"]
         assert names[0] == "Disconnected"
-        await_fact(lambda: events[-1].name == "Reconnected")
+        eventually(lambda: events[-1].name == "Reconnected")
 
 
 def test_a_server_that_stands_still_is_lost_and_close_is_bounded() -> None:
@@ -255,7 +249,7 @@ def test_a_server_that_stands_still_is_lost_and_close_is_bounded() -> None:
             events: list[ConnectionEvent] = []
             connection.listen(events.append)
             mortal.signal(signal.SIGSTOP)
-            await_fact(lambda: "Disconnected" in [event.name for event in events])
+            eventually(lambda: "Disconnected" in [event.name for event in events])
         began_s = time.monotonic()
         with pytest.raises(NatsUnreachable):
             NatsConnection.open(parse_nats_url(mortal.url), timeout_s=0.5)
@@ -304,7 +298,7 @@ def test_a_subscription_that_is_not_permitted_is_refused() -> None:
                 connection.subscribe("Shut", lambda *_: None)
             assert [event.name for event in events] == ["SubscriptionLost"]
             assert connection.publish("Shut", b"x")
-            await_fact(lambda: events[-1].name == "ServerError")
+            eventually(lambda: events[-1].name == "ServerError")
             assert "permissions violation for publish" in events[-1].reason
 
 
@@ -316,10 +310,10 @@ def test_the_loss_of_one_server_of_three_is_survived() -> None:
             connection.subscribe("three", lambda _, data: got.append(data))
             port = connection.client.connected_url.port  # type: ignore[union-attr]
             next(server for server in servers if server.port == port).kill()
-            await_fact(lambda: not connection.is_connected)
-            await_fact(lambda: connection.is_connected)
+            eventually(lambda: not connection.is_connected)
+            eventually(lambda: connection.is_connected)
             assert connection.publish("three", b"x")
-            await_fact(lambda: got == [b"x"])
+            eventually(lambda: got == [b"x"])
 
 
 def test_words_of_refusal_that_a_reset_has_swallowed_are_asked_for_again() -> None:

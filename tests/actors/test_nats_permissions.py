@@ -17,10 +17,10 @@ from tests.actors.nats_servers import NatsServer, nats_server
 from tests.actors.node_processes import (
     ROOT,
     Process,
-    await_fact,
     ended,
     placement,
 )
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.servers
 
@@ -189,6 +189,6 @@ def test_no_secret_is_in_a_log_however_much_is_said(
     )
     with ended(node):
         node.start()
-        await_fact(lambda: "TopologyAdopted" in node.err)
+        eventually(lambda: "TopologyAdopted" in node.err)
         said = node.out + node.err + done.stderr
     assert not [each for each in PASSWORDS.values() if each in said]

@@ -3,7 +3,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,12 @@ from actors.nats_connection import (
     parse_nats_url,
 )
 from tests.actors.nats_servers import NatsServer, nats_server
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.servers
 
 TLS = Path(__file__).parents[1] / "data" / "tls"
 SECRET = "s3cr3t-word"
-
-
-def await_fact(fact: Callable[[], object], *, within_s: float = 15.0) -> None:
-    until_s = time.monotonic() + within_s
-    while not fact():
-        assert time.monotonic() < until_s, "it did not come true"
-        time.sleep(0.01)
 
 
 def with_tls(more: str = "") -> str:
@@ -48,7 +42,7 @@ def connected(server: NatsServer, options: str = "") -> Iterator[NatsConnection]
         got: list[bytes] = []
         connection.subscribe("a", lambda _, data: got.append(data))
         assert connection.publish("a", b"x")
-        await_fact(lambda: got == [b"x"])
+        eventually(lambda: got == [b"x"])
         yield connection
 
 
@@ -207,9 +201,9 @@ def test_a_password_that_changes_is_seen_and_healed_by_its_return(
             server.kill()
             config.write_text(right.replace(SECRET, "another"))
             server.start()
-            await_fact(lambda: "refuses the credentials" in events[-1].reason)
+            eventually(lambda: "refuses the credentials" in events[-1].reason)
             server.kill()
             config.write_text(right)
             server.start()
-            await_fact(lambda: events[-1].name == "Reconnected")
+            eventually(lambda: events[-1].name == "Reconnected")
             assert SECRET not in str(events)

@@ -23,11 +23,13 @@ from tests.actors.nats_servers import (
     nats_cluster,
     nats_server,
 )
-from tests.actors.node_processes import Process, await_fact, ended, placement
+from tests.actors.node_processes import Process, ended, placement
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.servers
 
 SECRET = "s3cr3t-word"
+TTL_S = 1
 ECHO = "echo=tests.actors.actors_under_test:Echo"
 STUCK = "stuck=tests.actors.test_node_command:Stuck"
 
@@ -36,7 +38,7 @@ class Stuck(Grain):
     """Does not come back from its turn."""
 
     def on_receive(self, message: Any) -> Any:
-        time.sleep(60)
+        threading.Event().wait()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ class Place:
             self.where += ["--store", store]
 
     def node(self, name: str, *more: str, kinds: tuple[str, ...] = ()) -> Process:
-        args = ["node", name, *self.where, "--ttl", "1", "--json"]
+        args = ["node", name, *self.where, "--ttl", str(TTL_S), "--json"]
         args += ["--witness", str(self.witness), *more]
         for kind in kinds or ("file", ECHO):
             args += ["--kind", kind]
@@ -147,7 +149,7 @@ def test_a_node_says_that_it_is_ready_serves_and_leaves_on_sigterm(
         found = node.ready()
         assert found["ready"] == "one"
         assert found["pid"] == node.pid
-        await_fact(ready_file.exists)
+        eventually(ready_file.exists)
         assert json.loads(ready_file.read_text()) == found
 
         asked = placement("ask", "echo/1", '{"n": 1}', *place.where, "--json")
@@ -201,7 +203,7 @@ def test_a_second_sigterm_stops_at_once_and_says_so(place: Place) -> None:
         entry = stack.enter_context(place.entry())
         entry.ref("stuck/1").tell(None)
         entry.resolve("stuck/1")
-        await_fact(lambda: '"started"' in place.witness.read_text())
+        eventually(lambda: '"started"' in place.witness.read_text())
         node.signal(signal.SIGTERM)
         with pytest.raises(Exception, match="timed out"):
             node.wait(1)
@@ -354,7 +356,7 @@ def test_r2_5_a_process_killed_under_load_and_started_again_loses_no_count(
         )
         with ended(run):
             run.launch()
-            await_fact(lambda: place.witness.read_text().count('"handled"') > 1_000)
+            eventually(lambda: place.witness.read_text().count('"handled"') > 1_000)
             nodes[0].kill()
             nodes[0].start()  # at once, under the same name
             assert run.wait(120) == 0, run.err
@@ -389,7 +391,7 @@ class Load:
 
     def await_rounds(self, count: int) -> None:
         until = self._rounds + count
-        await_fact(lambda: self._rounds >= until)
+        eventually(lambda: self._rounds >= until)
 
     def _ask_on(self) -> None:
         while not self._stop.is_set():
@@ -435,7 +437,7 @@ def test_a_server_killed_and_started_again_on_its_data_is_survived(
             )
             with ended(run):
                 run.launch()
-                await_fact(lambda: place.witness.read_text().count('"handled"') > 500)
+                eventually(lambda: place.witness.read_text().count('"handled"') > 500)
                 mortal.kill()
                 mortal.start()
                 assert run.wait(120) == 0, run.err
@@ -480,14 +482,15 @@ def test_r2_5_a_process_that_stood_still_handles_nothing_before_it_is_back(
         )
         with ended(run):
             run.launch()
-            await_fact(lambda: place.witness.read_text().count('"handled"') > 1_000)
+            eventually(lambda: place.witness.read_text().count('"handled"') > 1_000)
             nodes[0].signal(signal.SIGSTOP)
-            time.sleep(3)  # three times to live
+            # What is tested is that so much time goes by while it stands still.
+            time.sleep(3 * TTL_S)
             nodes[0].signal(signal.SIGCONT)
             assert run.wait(120) == 0, run.err
         with place.entry() as entry:
             # It is a member again, under another session.
-            await_fact(lambda: len(entry.topology.members) == 3)
+            eventually(lambda: len(entry.topology.members) == 3)
             sessions = [str(member.session) for member in entry.topology.members]
             assert nodes[0].ready()["session"] not in sessions
     assert set(counts_in(report).values()) == {60}
@@ -524,7 +527,7 @@ def test_the_leader_of_three_servers_dies_under_load(tmp_path: Path) -> None:
             )
             with ended(run):
                 run.launch()
-                await_fact(lambda: place.witness.read_text().count('"handled"') > 500)
+                eventually(lambda: place.witness.read_text().count('"handled"') > 500)
                 leader = leader_of(url, "KV_placement_default")
                 servers[int(leader[1:])].kill()
                 assert run.wait(150) == 0, run.err
@@ -556,7 +559,7 @@ def test_processes_that_share_no_truth_are_seen_as_doubles(place: Place) -> None
         entries = [stack.enter_context(each.entry()) for each in (place, other)]
         for _ in range(3):
             for entry in entries:
-                await_fact(lambda: entry.topology.members)  # noqa: B023
+                eventually(lambda: entry.topology.members)  # noqa: B023
                 assert entry.ref("echo/1").ask(1) == 1
     assert place.double_count() > 0
 
@@ -628,7 +631,7 @@ def test_up_says_which_node_has_ended_and_goes_on(tmp_path: Path) -> None:
         up.start()
         found: Any = up.ready()
         os.kill(found["nodes"]["node-1"], signal.SIGKILL)
-        await_fact(lambda: "node-1 has ended: exit code -9" in up.err)
+        eventually(lambda: "node-1 has ended: exit code -9" in up.err)
         asked = placement(
             *("ask", "file/1", "1", "--request-id", "x:1", "--json"),
             *("--engine", found["ready"], "--store", f"sqlite:///{tmp_path}/s.db"),

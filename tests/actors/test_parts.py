@@ -44,8 +44,9 @@ from placement.registry import VirtualActorRegistry
 from placement.session import ReadSessions, StoreTrouble
 from placement.topology import Address, SessionId, address_of
 from tests.actors.actors_under_test import Echo
-from tests.actors.test_cluster import FAST, eventually
+from tests.actors.test_cluster import FAST
 from tests.placement.builders import CART, A, B, S, table
+from tests.waiting import eventually
 
 CLOCK = SystemClock()
 

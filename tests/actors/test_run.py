@@ -27,7 +27,7 @@ from placement.contracts import Load, Loaded, SessionRecord
 from placement.errors import OutcomeUnknown
 from placement.identity import Identity
 from placement.topology import SessionId
-from tests.actors.test_cluster import eventually
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 TRACE = ROOT / "actors" / "data" / SAMPLE

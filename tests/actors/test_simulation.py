@@ -285,7 +285,7 @@ class Worldly(Grain):
             case "right":
                 return [self.context.now(), self.context.random.random()]
             case "timer":
-                self.context.after(1.0, lambda: time.sleep(0))
+                self.context.after(1.0, lambda: time.sleep(0))  # refused, as above
             case "put":
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(time, "time", lambda: 3.0)

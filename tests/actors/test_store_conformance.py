@@ -578,7 +578,10 @@ class LetsThreadsIn(MemoryStore):
 
     def _row(self, identity: Identity) -> Row:
         row = super()._row(identity)
-        time.sleep(0.0001)  # lets another thread read the same row
+        # What is wrong with it: between reading a row and writing it others have
+        # their turn. Any sleep gives them one; without it this is rare, and the
+        # suite would let it pass by luck.
+        time.sleep(0.0001)
         return row
 
 

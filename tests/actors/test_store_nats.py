@@ -56,6 +56,7 @@ from tests.actors.nats_servers import (
     nats_cluster,
     nats_server,
 )
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.servers
 
@@ -283,14 +284,12 @@ def test_a_batch_has_more_than_64_writes_on_their_way() -> None:
         most: list[int] = []
         count_waiting(store, most, lambda: paused.signal(signal.SIGSTOP))
         thread.start()
-        until_s = time.monotonic() + 1.5
-        while len(waiting) < 100 and time.monotonic() < until_s:
-            time.sleep(0.01)
-        on_their_way = len(waiting)
-        paused.signal(signal.SIGCONT)
-        thread.join()
+        try:
+            eventually(lambda: len(waiting) >= 64)
+        finally:
+            paused.signal(signal.SIGCONT)
+            thread.join()
 
-        assert on_their_way >= 64
         assert all(isinstance(outcome, Acquired) for outcome in outcomes)
 
 
@@ -1160,11 +1159,12 @@ class Writer:
     def has_saved(self, more: int = 1) -> None:
         """Wait until each identity has been saved some more times."""
         wanted = min(self.confirmed.values(), default=0) + more
-        until_s = time.monotonic() + PATIENCE_S
-        while min(self.confirmed.values(), default=0) < wanted:
+
+        def have_been() -> bool:
             assert self.error is None, self.error
-            assert time.monotonic() < until_s, self.failures[-3:]
-            time.sleep(0.005)
+            return min(self.confirmed.values(), default=0) >= wanted
+
+        eventually(have_been, PATIENCE_S, or_say=lambda: self.failures[-3:])
 
     def check(self, store: Store) -> None:
         """All that was confirmed is there."""
@@ -1308,11 +1308,12 @@ def test_r2_5_no_append_is_lost_while_leaders_die() -> None:
 
 def have_appended(appenders: Sequence[Appender], more: int) -> None:
     wanted = sum(len(each.confirmed) for each in appenders) + more
-    until_s = time.monotonic() + PATIENCE_S
-    while sum(len(each.confirmed) for each in appenders) < wanted:
+
+    def have_been() -> bool:
         assert not any(each.errors for each in appenders), appenders
-        assert time.monotonic() < until_s
-        time.sleep(0.005)
+        return sum(len(each.confirmed) for each in appenders) >= wanted
+
+    eventually(have_been, PATIENCE_S)
 
 
 def state_of_cluster(url: str) -> dict[str, Any]:

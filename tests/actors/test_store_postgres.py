@@ -48,9 +48,9 @@ from tests.actors.postgres_builders import (
     run_all,
     start,
     terminate,
-    until,
 )
 from tests.actors.postgres_server import PostgresServer, Wire
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.servers
 
@@ -190,7 +190,7 @@ def test_a_renewal_waits_for_no_batch_and_a_closing_does(
             assert view is not None
             assert [each.count for each in view.sessions] == [7]
             thread.start()
-            until(lambda: waits_for_a_lock(postgres, backend_of(closing_it)))
+            eventually(lambda: waits_for_a_lock(postgres, backend_of(closing_it)))
             assert closed == []
         thread.join()
 
@@ -540,7 +540,7 @@ def test_a_transaction_that_stands_still_is_ended_by_the_server(
         look = f"SELECT FROM pg_stat_activity WHERE pid = {process}"
 
         def stand_still() -> None:
-            until(lambda: postgres.run(look) == [])
+            eventually(lambda: postgres.run(look) == [])
 
         with pytest.raises(StoreFailure, match="connection") as caught:
             in_a_transaction(store, lambda: own(store, USER, 2), stand_still)
@@ -600,7 +600,7 @@ def test_a_deadlock_changes_nothing_and_the_same_succeeds_later(
 
         def let_it_wait() -> None:
             thread.start()
-            until(lambda: waits_for_a_lock(postgres, process))
+            eventually(lambda: waits_for_a_lock(postgres, process))
 
         def close() -> None:
             assert store.close_session(NODE, 0)
@@ -631,7 +631,7 @@ def test_a_renewal_that_conflicts_is_repeated(
         with other.transaction():
             other.execute(f"UPDATE {schema}.sessions SET count = 2".encode())
             thread.start()
-            until(lambda: waits_for_a_lock(postgres, process))
+            eventually(lambda: waits_for_a_lock(postgres, process))
         thread.join()
 
         assert counts == [5]
@@ -650,7 +650,7 @@ def test_a_closing_that_meets_a_renewal_sees_its_count(
         with other.transaction():
             other.execute(f"UPDATE {schema}.sessions SET count = 1".encode())
             thread.start()
-            until(lambda: waits_for_a_lock(postgres, process))
+            eventually(lambda: waits_for_a_lock(postgres, process))
         thread.join()
 
         assert closed == [False]
@@ -797,7 +797,7 @@ def test_a_commit_that_waits_for_a_standby_is_not_taken_for_done(
     def set_standby(statement: str, found: str) -> None:
         postgres.run(f"ALTER SYSTEM {statement}", "SELECT pg_reload_conf()")
         look = "SHOW synchronous_standby_names"
-        until(lambda: postgres.run(look) == [(found,)])
+        eventually(lambda: postgres.run(look) == [(found,)])
 
     with opened(f"{url}&timeout_ms=200") as store:
         mine = Acquisition(NODE, 1)
@@ -1005,6 +1005,7 @@ def test_r3_4_connections_ended_under_load_take_nothing_confirmed_back(
                 [schema],
             ).fetchall()
             ended += len(found)
+            # They are to be hit anywhere in a transaction, and to come to one.
             time.sleep(chance.random() * 0.03)
 
     check_all_is_there(url, writers)
@@ -1017,7 +1018,7 @@ def test_r3_4_a_server_that_crashes_under_load_takes_nothing_confirmed_back(
     with writing(url, 3) as writers:
         for _ in range(3):
             before = [writer.batches for writer in writers]
-            until(
+            eventually(
                 lambda before=before: all(  # type: ignore[misc]
                     writer.batches > count + 3
                     for writer, count in zip(writers, before, strict=True)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from hashlib import sha256
@@ -38,6 +37,7 @@ from placement.contracts import (
 from placement.entry import Acquisition, ActivationEntry
 from placement.identity import Identity
 from placement.topology import SessionId
+from tests.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65_534
@@ -389,7 +389,7 @@ import sqlite3, sys, time
 connection = sqlite3.connect(sys.argv[1], isolation_level=None)
 connection.execute("BEGIN IMMEDIATE")
 print("locked", flush=True)
-time.sleep(0.3)
+time.sleep(0.3)  # a lock that is held for a while is what is tested
 connection.execute("ROLLBACK")
 connection.close()
 """
@@ -450,8 +450,7 @@ def test_of_one_process_who_has_waited_longest_writes_next() -> None:
     threads = [threading.Thread(target=write, args=(number,)) for number in range(5)]
     for number, thread in enumerate(threads):
         thread.start()
-        while len(turns._waiting) <= number:
-            time.sleep(0.001)
+        eventually(lambda number=number: len(turns._waiting) > number)
     assert not turns.take(0.001)
     turns.pass_on()
     for thread in threads:

@@ -11,7 +11,8 @@ from actors.witness import ActivationWitness
 from placement.errors import ActivationFailed, HandlerFailed, OutcomeUnknown
 from tests.actors.actors_under_test import GATES, Echo, Worker
 from tests.actors.test_activation import RAISED, token_of
-from tests.actors.test_cluster import FAST, eventually
+from tests.actors.test_cluster import FAST
+from tests.waiting import eventually
 
 GATE = threading.Event()
 SEEN: list[Any] = []

@@ -1,6 +1,5 @@
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +35,7 @@ from messages.pack import pack
 from placement.event import Happened
 from placement.topology import Address
 from tests.actors.nats_servers import NatsServer, nats_server
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.servers
 
@@ -47,13 +47,6 @@ HINT = TopologyHint(7)
 def server() -> Iterator[NatsServer]:
     with nats_server() as started:
         yield started
-
-
-def await_fact(fact: Callable[[], object], *, within_s: float = 15.0) -> None:
-    until_s = time.monotonic() + within_s
-    while not fact():
-        assert time.monotonic() < until_s, "it did not come true"
-        time.sleep(0.005)
 
 
 class Process:
@@ -121,7 +114,7 @@ def test_frames_arrive_with_their_sender_in_order_and_as_they_were(
         sent: list[Frame] = [Marked("k/x", 1, number) for number in range(3_000)]
         for frame in sent:
             assert sender.send(B, frame)
-        await_fact(lambda: len(there.got) == len(sent))
+        eventually(lambda: len(there.got) == len(sent))
 
         assert there.got == [(A, frame) for frame in sent]
         assert there.happened == []
@@ -137,7 +130,7 @@ def test_small_frames_that_wait_together_are_one_message(server: NatsServer) -> 
             assert sender.send(B, Marked("k/x", 1, number))
         messages = here.connection.client.stats["out_msgs"]
         hold.set()
-        await_fact(lambda: len(there.got) == 100)
+        eventually(lambda: len(there.got) == 100)
 
         assert here.connection.client.stats["out_msgs"] == messages + 1
 
@@ -149,7 +142,7 @@ def test_the_bytes_are_those_of_a_call_within_the_process(server: NatsServer) ->
             subject_of("default", B, A, is_node=True), lambda _, data: raw.append(data)
         )
         assert here.box(A).send(B, HINT)
-        await_fact(lambda: raw)
+        eventually(lambda: raw)
     assert raw == [Codec("default").encode(A, B, 1, HINT)]
 
 
@@ -163,9 +156,9 @@ def test_a_client_says_what_clients_say_and_is_answered(server: NatsServer) -> N
         ]
         for frame in said:
             assert client.send(A, frame)
-        await_fact(lambda: len(here.got) == len(said))
+        eventually(lambda: len(here.got) == len(said))
         assert node.send(C, Resolved(1, "k/x", f"{A}#1", 1))
-        await_fact(lambda: there.got)
+        eventually(lambda: there.got)
 
         assert here.got == [(C, frame) for frame in said]
         assert there.got == [(A, Resolved(1, "k/x", f"{A}#1", 1))]
@@ -179,7 +172,7 @@ def test_a_client_that_speaks_as_a_node_is_refused_counted_and_named(
         client = there.box(C, is_member=False)
         assert client.send(A, AskOwner("k/x", f"{A}#1", 1, 1))
         assert client.send(A, LoopBack(1))
-        await_fact(lambda: len(here.happened) == 2)
+        eventually(lambda: len(here.happened) == 2)
 
         assert here.names() == ["FrameRefused"] * 2
         assert "is a client, and may not say that" in here.happened[0].reason
@@ -192,7 +185,7 @@ def test_who_speaks_as_another_is_refused(server: NatsServer) -> None:
         data = Codec("default").encode(B, A, 1, HINT)
         subject = subject_of("default", A, C, is_node=True)
         assert there.connection.publish(subject, data)
-        await_fact(lambda: here.happened)
+        eventually(lambda: here.happened)
 
         assert here.names() == ["FrameRefused"]
         assert f"{C!r} speaks as {B!r}" in here.happened[0].reason
@@ -213,7 +206,7 @@ def test_one_bad_frame_of_a_pack_harms_no_other(server: NatsServer) -> None:
         for data in (message, b"\xc1broken"):
             assert there.connection.publish(subject, data)
             there.connection.flush()
-        await_fact(lambda: len(here.happened) == 2 and len(here.got) == 2)
+        eventually(lambda: len(here.happened) == 2 and len(here.got) == 2)
 
 
 def test_a_node_of_another_cluster_is_not_heard(server: NatsServer) -> None:
@@ -226,7 +219,7 @@ def test_a_node_of_another_cluster_is_not_heard(server: NatsServer) -> None:
         other.connection.flush()
         here.connection.flush()
         assert here.box(B).send(A, LoopBack(1))
-        await_fact(lambda: here.got)
+        eventually(lambda: here.got)
 
         assert here.got == [(B, LoopBack(1))]
 
@@ -235,14 +228,14 @@ def test_a_detached_node_hears_nothing_more(server: NatsServer) -> None:
     with processes(2, server.url) as (here, there):
         box, sender = here.box(A), there.box(B)
         assert sender.send(A, HINT)
-        await_fact(lambda: here.got)
+        eventually(lambda: here.got)
         box.close()
         here.connection.flush()
         assert sender.send(A, HINT)
         there.connection.flush()
         again = here.box(A)
         assert sender.send(A, LoopBack(1))
-        await_fact(lambda: len(here.got) == 2)
+        eventually(lambda: len(here.got) == 2)
         again.kill()
 
         assert here.got[-1] == (B, LoopBack(1))
@@ -263,14 +256,14 @@ def test_what_does_not_wait_here_any_more_is_dropped_and_said(
         for _ in range(100):
             assert sender.send(A, Marked("k/" + "x" * 50, 1, 1))
             there.connection.flush()
-        await_fact(lambda: "FramesDropped" in here.names())
+        eventually(lambda: "FramesDropped" in here.names())
         hold.set()
-        await_fact(lambda: here.transport._inbound_bytes == 0)
+        eventually(lambda: here.transport._inbound_bytes == 0)
         heard = len(here.got)
         assert 0 < heard < 100
         assert here.names() == ["FramesDropped"] * (100 - heard)
         assert sender.send(A, HINT)
-        await_fact(lambda: here.got[-1] == (B, HINT))
+        eventually(lambda: here.got[-1] == (B, HINT))
 
 
 def test_one_client_makes_no_node_stop_listening_to_others(
@@ -286,13 +279,13 @@ def test_one_client_makes_no_node_stop_listening_to_others(
         for number in range(30):
             assert loud.send(A, Mark("k/x", 1, number))
             there.connection.flush()
-        await_fact(lambda: here.names().count("FramesDropped") == 20)
+        eventually(lambda: here.names().count("FramesDropped") == 20)
         assert quiet.send(A, Mark("k/x", 1, 99))
         assert node.send(A, HINT)
         there.connection.flush()
         other.connection.flush()
         hold.set()
-        await_fact(lambda: len(here.got) == 12)
+        eventually(lambda: len(here.got) == 12)
         assert "frames of client wait already" in here.happened[0].reason
         assert here.transport._of_clients == {}
 
@@ -301,14 +294,14 @@ def test_what_cannot_be_sent_now_surely_reaches_nobody() -> None:
     with nats_server() as mortal, processes(2, mortal.url) as (here, there):
         box, _ = here.box(A), there.box(B)
         mortal.kill()
-        await_fact(lambda: "NatsDisconnected" in here.names())
+        eventually(lambda: "NatsDisconnected" in here.names())
         assert not box.send(B, HINT)
 
         mortal.start()
-        await_fact(lambda: "NatsReconnected" in here.names())
-        await_fact(lambda: "NatsReconnected" in there.names())
+        eventually(lambda: "NatsReconnected" in here.names())
+        eventually(lambda: "NatsReconnected" in there.names())
         assert box.send(B, LoopBack(2))
-        await_fact(lambda: there.got)
+        eventually(lambda: there.got)
         assert there.got == [(A, LoopBack(2))]
 
 
@@ -367,7 +360,7 @@ def test_permissions_bind_who_speaks_and_as_what() -> None:
             client = made["alice"].box(alice, is_member=False)
             assert node.send(one, HINT)
             assert client.send(one, Mark("k/x", 1, 1))
-            await_fact(lambda: len(made["one"].got) == 2)
+            eventually(lambda: len(made["one"].got) == 2)
 
             forged = [
                 (made["alice"], subject_of("default", one, alice, is_node=True)),
@@ -388,7 +381,7 @@ def test_permissions_bind_who_speaks_and_as_what() -> None:
             with pytest.raises(NatsRefused, match="not permitted to subscribe"):
                 made["alice"].box(Address("alice.4"), is_member=True)
             assert node.send(one, LoopBack(3))
-            await_fact(lambda: (two, LoopBack(3)) in made["one"].got)
+            eventually(lambda: (two, LoopBack(3)) in made["one"].got)
             assert len(made["one"].got) == 3
         finally:
             for each in made.values():
