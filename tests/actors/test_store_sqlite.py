@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -437,6 +438,10 @@ def test_a_connection_waits_for_the_turn_of_another_and_no_longer(path: Path) ->
         assert load(store, CART).owner == NODE
 
 
+def _waits(turns: store_sqlite._Turns, count: int) -> bool:
+    return len(turns._waiting) == count
+
+
 def test_of_one_process_who_has_waited_longest_writes_next() -> None:
     turns = store_sqlite._Turns()
     order: list[int] = []
@@ -448,9 +453,9 @@ def test_of_one_process_who_has_waited_longest_writes_next() -> None:
 
     assert turns.take(0)
     threads = [threading.Thread(target=write, args=(number,)) for number in range(5)]
-    for number, thread in enumerate(threads):
+    for count, thread in enumerate(threads, start=1):
         thread.start()
-        eventually(lambda number=number: len(turns._waiting) > number)
+        eventually(partial(_waits, turns, count))
     assert not turns.take(0.001)
     turns.pass_on()
     for thread in threads:
