@@ -39,9 +39,14 @@ from actors.postgres_database import (
     said,
 )
 from actors.store_memory import BadStore, RecordStore, Row, Unstorable, wall_ms
-from actors.store_sqlite import members_from, text_of
+from actors.store_rows import (
+    columns_of,
+    members_from,
+    record_from,
+    row_from,
+    text_of,
+)
 from placement.contracts import SessionRecord, SessionView, StoreFailure
-from placement.entry import Acquisition
 from placement.identity import Identity
 from placement.topology import Member, SessionId, Topology
 
@@ -544,7 +549,7 @@ class PostgresStore(RecordStore):
         (found,) = self._read((read, [list(missing)]))
         rows = {name: values for name, *values in found}
         for name, identity in missing.items():
-            row = _row_from(rows[name]) if name in rows else Row()
+            row = row_from(rows[name]) if name in rows else Row()
             if identity in work.rows:
                 # Read before without its snapshot, and perhaps changed since.
                 work.rows[identity].snapshot = row.snapshot
@@ -579,7 +584,7 @@ class PostgresStore(RecordStore):
             read = _TAKE_SESSION if takes else _READ_SESSION
             (found,) = self._read((read, [session]))
             # After the reading, which may be the first and then finds it too.
-            work.sessions[session] = None if not found else _record_from(*found[0])
+            work.sessions[session] = None if not found else record_from(*found[0])
             if takes:
                 work.taken.add(session)
         return work.sessions[session]
@@ -617,18 +622,7 @@ def _check_text(text: str) -> None:
 
 
 def _values_of(identity: Identity, row: Row) -> tuple[Any, ...]:
-    lock = row.lock
-    return (
-        str(identity),
-        row.owner,
-        row.attempt,
-        row.fencing_token,
-        row.version,
-        row.revision,
-        None if lock is None else lock.session,
-        None if lock is None else lock.procedure,
-        row.snapshot,
-    )
+    return (str(identity), *columns_of(row))
 
 
 def _columns_of(rows: Iterable[tuple[Any, ...]]) -> list[list[Any]]:
@@ -649,30 +643,8 @@ def _chunks(rows: Iterable[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
         yield some
 
 
-def _row_from(found: Sequence[Any]) -> Row:
-    owner, attempt, token, version, revision, session, procedure, snapshot = found
-    return Row(
-        owner=owner,
-        attempt=attempt,
-        fencing_token=token,
-        version=version,
-        revision=revision,
-        lock=None if session is None else Acquisition(session, procedure),
-        snapshot=snapshot,
-    )
-
-
-def _record_from(
-    session: SessionId,
-    ttl_ms: int,
-    count: int,
-    closed: bool,  # noqa: FBT001
-) -> SessionRecord:
-    return SessionRecord(session=session, ttl_ms=ttl_ms, count=count, closed=closed)
-
-
 def _records_by_session(found: Found) -> dict[SessionId, SessionRecord]:
-    records = [_record_from(*each) for each in found]
+    records = [record_from(*each) for each in found]
     return {record.session: record for record in records}
 
 

@@ -9,7 +9,6 @@ Server operations: SQLite has no server; a renewal is one transaction of one
 update and three reads.
 """
 
-import json
 import os
 import sqlite3
 import stat
@@ -20,14 +19,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 from weakref import WeakValueDictionary
 
 from actors.store_memory import BadStore, RecordStore, Row, wall_ms
+from actors.store_rows import (
+    columns_of,
+    members_from,
+    record_from,
+    row_from,
+    text_of,
+)
 from placement.contracts import SessionRecord, StoreFailure
-from placement.entry import Acquisition
 from placement.identity import Identity
-from placement.topology import Member, SessionId, Topology
+from placement.topology import SessionId, Topology
 
 APPLICATION_ID = 0x61637470  # "actp"
 SCHEMA_VERSION = 1
@@ -454,20 +458,7 @@ class SqliteStore(RecordStore):
             if row.is_blank():
                 gone.append((str(identity),))
                 continue
-            lock = row.lock
-            written.append(
-                (
-                    row.owner,
-                    row.attempt,
-                    row.fencing_token,
-                    row.version,
-                    row.revision,
-                    None if lock is None else lock.session,
-                    None if lock is None else lock.procedure,
-                    row.snapshot,
-                    str(identity),
-                )
-            )
+            written.append((*columns_of(row), str(identity)))
         if written:
             self._cursor.executemany(_WRITE_ROW, written)
         if gone:
@@ -497,7 +488,7 @@ class SqliteStore(RecordStore):
             some = names[start : start + _LOOK_UP_MAX]
             marks = ",".join("?" * len(some))
             found = {
-                name: _row_from(values)
+                name: row_from(values)
                 for name, *values in self._cursor.execute(
                     _READ_ROWS.format(marks), some
                 )
@@ -511,7 +502,7 @@ class SqliteStore(RecordStore):
         if row is None:
             # A plain str: sqlite3 looks for an adapter of every subclass.
             found = self._cursor.execute(_READ_ROW, (str(identity),)).fetchone()
-            row = rows[identity] = Row() if found is None else _row_from(found)
+            row = rows[identity] = Row() if found is None else row_from(found)
         return row
 
     def _keep_row(self, identity: Identity, row: Row) -> None:
@@ -529,7 +520,7 @@ class SqliteStore(RecordStore):
         sessions = self._work.sessions
         if session not in sessions:
             found = self._cursor.execute(_READ_SESSION, (session,)).fetchone()
-            sessions[session] = None if found is None else _session_from(*found)
+            sessions[session] = None if found is None else record_from(*found)
         return sessions[session]
 
     def _keep_session(self, record: SessionRecord) -> None:
@@ -540,7 +531,7 @@ class SqliteStore(RecordStore):
         self._work.sessions[record.session] = record
 
     def _open_sessions(self) -> Iterable[SessionRecord]:
-        return [_session_from(*found) for found in self._cursor.execute(_READ_OPEN)]
+        return [record_from(*found) for found in self._cursor.execute(_READ_OPEN)]
 
     def _topology(self) -> Topology:
         epoch, members = self._cursor.execute(_READ_MEMBERS).fetchone()
@@ -553,52 +544,3 @@ class SqliteStore(RecordStore):
         self._cursor.execute(
             _WRITE_MEMBERS, (topology.epoch, text_of(topology.members))
         )
-
-
-def _row_from(found: Any) -> Row:
-    owner, attempt, token, version, revision, session, procedure, snapshot = found
-    return Row(
-        owner=owner,
-        attempt=attempt,
-        fencing_token=token,
-        version=version,
-        revision=revision,
-        lock=None if session is None else Acquisition(session, procedure),
-        snapshot=snapshot,
-    )
-
-
-def _session_from(
-    session: SessionId, ttl_ms: int, count: int, closed: int
-) -> SessionRecord:
-    return SessionRecord(
-        session=session, ttl_ms=ttl_ms, count=count, closed=bool(closed)
-    )
-
-
-def text_of(members: Iterable[Member]) -> str:
-    """The members as JSON."""
-    return json.dumps(
-        [
-            {
-                "session": member.session,
-                "kinds": member.kinds,
-                "weight": member.weight,
-                "draining": member.draining,
-            }
-            for member in members
-        ],
-    )
-
-
-def members_from(text: str) -> tuple[Member, ...]:
-    """The members that `text_of` has written."""
-    return tuple(
-        Member(
-            session=each["session"],
-            kinds=tuple(each["kinds"]),
-            weight=each["weight"],
-            draining=each["draining"],
-        )
-        for each in json.loads(text)
-    )

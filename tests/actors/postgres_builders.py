@@ -1,8 +1,6 @@
 """What the tests of the PostgreSQL store are written in."""
 
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -66,28 +64,3 @@ def terminate(server: PostgresServer, *processes: int) -> None:
     """End these connections, and wait until they are gone."""
     for process in processes:
         server.run(f"SELECT pg_terminate_backend({process}, 10000)")
-
-
-def start(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """Start a Python process of this project, which waits for a line."""
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def run_all(processes: Sequence[subprocess.Popen[str]]) -> list[list[str]]:
-    """Let processes go that all do the same at once; the lines of each."""
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    said = [process.communicate(timeout=60)[0].splitlines() for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes)
-    return said

@@ -30,11 +30,10 @@ from tests.actors.postgres_builders import (
     load,
     opened,
     own,
-    run_all,
-    start,
     terminate,
 )
 from tests.actors.postgres_server import PASSWORD, PostgresServer, Wire
+from tests.actors.store_processes import run_all, start
 
 pytestmark = pytest.mark.servers
 

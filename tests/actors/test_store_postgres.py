@@ -45,11 +45,10 @@ from tests.actors.postgres_builders import (
     load,
     opened,
     own,
-    run_all,
-    start,
     terminate,
 )
 from tests.actors.postgres_server import PostgresServer, Wire
+from tests.actors.store_processes import race
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.servers
@@ -1031,44 +1030,15 @@ def test_r3_4_a_server_that_crashes_under_load_takes_nothing_confirmed_back(
     assert any(writer.failures for writer in writers)
 
 
-CLAIMING = """
-import sys
-from actors.store_url import open_store
-from placement.contracts import *
-from placement.entry import Acquisition
-from placement.identity import Identity
-print("ready", flush=True)
-sys.stdin.readline()
-store, me = open_store(sys.argv[1]), sys.argv[2]
-store.open_session(SessionRecord(session=me, ttl_ms=5000))
-for number in range(int(sys.argv[3])):
-    identity, mine = Identity("race", str(number)), Acquisition(me, number)
-    (acquired,) = store.try_acquire([Acquire(identity, mine)])
-    # Also without the lock: the claim alone has to exclude the others.
-    revision = acquired.entry.revision if isinstance(acquired, Acquired) else 0
-    (claimed,) = store.claim([Claim(identity, me, number, mine, revision)])
-    store.release([Release(identity, mine)])
-    if isinstance(claimed, Claimed):
-        print(number, claimed.entry.fencing_token)
-store.close()
-"""
-
-
 def test_r3_1_of_several_processes_exactly_one_claims_each_identity(
     postgres: PostgresServer, schema: str
 ) -> None:
     url = postgres.url(f"schema={schema}&timeout_ms=30000")
-    sessions = [SessionId(f"node-{name}.1#1") for name in "abcd"]
 
-    said = run_all([start(CLAIMING, url, session, 100) for session in sessions])
+    winners = race(url)
 
-    won = [line.split() for lines in said for line in lines]
-    assert sorted(int(number) for number, _ in won) == list(range(100))
-    assert len({token for _, token in won}) == 100
     with opened(url) as store:
-        owners = [load(store, Identity("race", str(n))).owner for n in range(100)]
-    for session, lines in zip(sessions, said, strict=True):
-        assert all(owners[int(line.split()[0])] == session for line in lines)
+        assert {each: load(store, each).owner for each in winners} == winners
 
 
 # --- a cluster ---

@@ -4,11 +4,9 @@ import os
 import resource
 import signal
 import sqlite3
-import subprocess
-import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from hashlib import sha256
@@ -38,6 +36,7 @@ from placement.contracts import (
 from placement.entry import Acquisition, ActivationEntry
 from placement.identity import Identity
 from placement.topology import SessionId
+from tests.actors.store_processes import race, run_all, start
 from tests.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,31 +96,6 @@ def digest(folder: Path) -> dict[str, str]:
         file.name: sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.iterdir())
     }
-
-
-def start(code: str, *arguments: object) -> subprocess.Popen[str]:
-    """Start a Python process of this project; it says how far it is by lines."""
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def run_all(processes: Sequence[subprocess.Popen[str]]) -> list[list[str]]:
-    """Wait for processes that all do the same at once; the lines of each."""
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    said = [process.communicate(timeout=60)[0].splitlines() for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes)
-    return said
 
 
 # --- what is no store, and stays as it is ---
@@ -617,49 +591,22 @@ def test_a_closed_connection_fails(path: Path) -> None:
 
 # --- several processes ---
 
-CLAIMING = """
-import sys
-from actors.store_url import open_store
-from placement.contracts import *
-from placement.entry import Acquisition
-from placement.identity import Identity
-print("ready", flush=True)
-sys.stdin.readline()
-store, me = open_store(sys.argv[1]), sys.argv[2]
-store.open_session(SessionRecord(session=me, ttl_ms=5000))
-for number in range(int(sys.argv[3])):
-    identity, mine = Identity("race", str(number)), Acquisition(me, number)
-    (acquired,) = store.try_acquire([Acquire(identity, mine)])
-    # Also without the lock: the claim alone has to exclude the others.
-    revision = acquired.entry.revision if isinstance(acquired, Acquired) else 0
-    (claimed,) = store.claim([Claim(identity, me, number, mine, revision)])
-    store.release([Release(identity, mine)])
-    if isinstance(claimed, Claimed):
-        print(number, claimed.entry.fencing_token)
-store.close()
-"""
-
 
 def test_r3_1_of_several_processes_exactly_one_claims_each_identity(
     path: Path,
 ) -> None:
     # The file is not there yet: they also race for making it.
     url = f"sqlite:///{path}?synchronous=OFF&busy_timeout_ms=30000"
-    sessions = [f"node-{name}.1#1" for name in "abcd"]
 
-    said = run_all([start(CLAIMING, url, session, 100) for session in sessions])
+    winners = race(url)
 
-    won = [line.split() for lines in said for line in lines]
-    assert sorted(int(number) for number, _ in won) == list(range(100))
-    assert len({token for _, token in won}) == 100
     # Of connections that close at the same moment none may be the last one, and
     # the log then stays for whoever opens the file next.
     assert not set(digest(path.parent)) - {"store.db", "store.db-shm", "store.db-wal"}
     with opened(path) as store:
-        owners = [load(store, Identity("race", str(n))).owner for n in range(100)]
+        owners = {each: load(store, each).owner for each in winners}
     assert list(digest(path.parent)) == ["store.db"]
-    for session, lines in zip(sessions, said, strict=True):
-        assert all(owners[int(line.split()[0])] == session for line in lines)
+    assert owners == winners
 
 
 WRITING = """
