@@ -358,6 +358,8 @@ class PlacementNode(Verbs):
         self._changed = self._engine.condition()
         self._session: SessionId | None = None
         self._table: PartitionTable | None = None
+        # That by which messages are sent already: who waits for it sends at once.
+        self._adopted: PartitionTable | None = None
         self._has_left = False
         self._is_member = False
         self._is_ending = False
@@ -477,7 +479,7 @@ class PlacementNode(Verbs):
             StoreInUse: another process lives in the store of this node's own.
         """
         self._start(BeginClient(), timeout)
-        self._await_start(lambda: self._table is not None, "client", timeout)
+        self._await_start(lambda: self._adopted is not None, "client", timeout)
 
     def _start(self, message: Any, timeout: float) -> None:
         if self._state != "new":
@@ -549,7 +551,7 @@ class PlacementNode(Verbs):
                 raise NotReady(f"{self.name}: {self._why_not} after {timeout} s")
 
     def _is_in(self, session: SessionId | None) -> bool:
-        table = self._table
+        table = self._adopted
         return session is not None and table is not None and session in table.topology
 
     def drain(self) -> None:
@@ -976,11 +978,7 @@ class PlacementNode(Verbs):
         """The members have changed, or sessions have closed."""
         table = self._engine.table(topology)
         is_new = self._table is None or self._table.epoch != table.epoch
-        with self._changed:
-            self._table = table
-            if self._state == "starting" and self._is_in(self._session):
-                self._state = "member"
-            self._changed.notify_all()
+        self._table = table
         if is_new:
             self._publish(
                 Happened(
@@ -994,6 +992,11 @@ class PlacementNode(Verbs):
             if address_of(over) not in addresses:
                 self._postbox.forget(address_of(over))
         self._outbox.adopt(table, closed)
+        with self._changed:
+            self._adopted = table
+            if self._state == "starting" and self._is_in(self._session):
+                self._state = "member"
+            self._changed.notify_all()
         self._tell(
             self._coordinator,
             TopologyChanged(self._session, table, closed, self._why_not),

@@ -2,10 +2,10 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 
@@ -15,6 +15,7 @@ from actors.cluster import StoreInUse
 from actors.engine import EmbeddedEngine, Settings
 from actors.future import Future
 from actors.grain import ARGUMENTS, CALL
+from actors.outbox import Outbox
 from actors.store_memory import MemoryStore
 from actors.store_url import open_store
 from actors.witness import ActivationWitness
@@ -32,6 +33,7 @@ from placement.errors import (
     PlacementError,
 )
 from placement.identity import BadIdentity, Identity
+from placement.partition import PartitionTable
 from placement.topology import SessionId
 from tests.actors.actors_under_test import (
     GATES,
@@ -1124,3 +1126,28 @@ def test_a_burst_of_asks_to_new_identities_is_answered_whole() -> None:
         assert sum(cluster.snapshot().activations.values()) == 5_000
         for name in cluster.nodes:
             assert cluster.node(name).events.counts["SessionLapsed"] == 0
+
+
+class WatchedOutbox(Outbox):
+    """Sees how far its node says that it is, when it learns of the members."""
+
+    node: ClassVar[PlacementNode]
+    states: ClassVar[list[str]] = []
+
+    def adopt(self, table: PartitionTable, closed: Iterable[SessionId]) -> None:
+        session = self.node.session
+        if session is not None and session in table.topology:
+            self.states.append(self.node.state)
+        super().adopt(table, closed)
+
+
+class WatchedNode(PlacementNode):
+    outbox_type = WatchedOutbox
+
+
+def test_a_node_has_started_only_when_its_messages_find_their_way() -> None:
+    node = WatchedOutbox.node = WatchedNode("n", kinds=KINDS, **FAST)
+    with node:
+        node.start_member()
+        assert WatchedOutbox.states[0] == "starting"
+        assert node.ref("echo/1").ask(1) == 1
