@@ -2,8 +2,9 @@
 
 import json
 import secrets
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial, wraps
 from typing import Any
 
 import click
@@ -16,13 +17,10 @@ from actors.node import PlacementNode
 from actors.store_url import check_store
 from placement.contracts import StoreFailure
 from placement.errors import PlacementError
-from placement.identity import Identity
+from placement.identity import BadIdentity, Identity
 
 FAILED, WRONG = 1, 2
-
-
-class BadPayload(ValueError):
-    """A payload of the command line that is no JSON, or cannot be a message."""
+Entry = Callable[[], AbstractContextManager[PlacementNode]]
 
 
 def check_place(store: str | None) -> None:
@@ -97,8 +95,23 @@ def _place_options(command: Any) -> Any:
 
 
 def _client_options(command: Any) -> Any:
+    """Options of where and as whom; the command gets `entry`, which opens it."""
+
+    @wraps(command)
+    def with_entry(
+        *args: Any,
+        engine: str,
+        store: str | None,
+        cluster: str,
+        name: str | None,
+        timeout: float,
+        **more: Any,
+    ) -> Any:
+        entry = partial(_entry, engine, store, cluster, timeout, name)
+        return command(*args, entry=entry, **more)
+
     name = click.option("--name", help="Under which it is known to the nodes.")
-    return _place_options(name(command))
+    return _place_options(name(with_entry))
 
 
 def _say(found: dict[str, Any], *, as_json: bool) -> None:
@@ -120,13 +133,15 @@ def _refused(error: PlacementError, *, as_json: bool) -> click.exceptions.Exit:
     return click.exceptions.Exit(FAILED)
 
 
-def _payload(text: str | None) -> Any:
-    if text is None:
-        return None
+def _message(identity: str, payload: str | None) -> Any:
+    """What PAYLOAD says; what is wrong with it or IDENTITY is said in one sentence."""
     try:
-        return json.loads(text)
+        Identity.parse(identity)
+        return None if payload is None else json.loads(payload)
+    except BadIdentity as error:
+        raise wrong(str(error)) from None
     except (ValueError, RecursionError) as error:
-        raise BadPayload(f"PAYLOAD is not JSON: {error}") from None
+        raise wrong(f"PAYLOAD is not JSON: {error}") from None
 
 
 @click.command("resolve")
@@ -135,19 +150,12 @@ def _payload(text: str | None) -> Any:
 def resolve_command(
     identity: str,
     *,
-    engine: str,
-    store: str | None,
-    cluster: str,
-    name: str | None,
-    timeout: float,
+    entry: Entry,
     as_json: bool,
 ) -> None:
     """Say where IDENTITY is; it is started if it is nowhere."""
-    try:
-        Identity.parse(identity)
-    except ValueError as error:
-        raise wrong(str(error)) from None
-    with _entry(engine, store, cluster, timeout, name) as node:
+    _message(identity, None)
+    with entry() as node:
         try:
             found = node.resolve(identity)
         except PlacementError as error:
@@ -176,20 +184,12 @@ def ask_command(
     payload: str | None,
     *,
     request_id: str,
-    engine: str,
-    store: str | None,
-    cluster: str,
-    name: str | None,
-    timeout: float,
+    entry: Entry,
     as_json: bool,
 ) -> None:
     """Send PAYLOAD, which is JSON, to IDENTITY, and print its answer."""
-    try:
-        Identity.parse(identity)
-        message = _payload(payload)
-    except ValueError as error:
-        raise wrong(str(error)) from None
-    with _entry(engine, store, cluster, timeout, name) as node:
+    message = _message(identity, payload)
+    with entry() as node:
         try:
             answer = node.ref(identity).ask(message, request_id=request_id)
             found = node.resolve(identity)
@@ -218,20 +218,12 @@ def tell_command(
     payload: str | None,
     *,
     request_id: str,
-    engine: str,
-    store: str | None,
-    cluster: str,
-    name: str | None,
-    timeout: float,
+    entry: Entry,
     as_json: bool,
 ) -> None:
     """Send PAYLOAD, which is JSON, to IDENTITY, at most once."""
-    try:
-        Identity.parse(identity)
-        message = _payload(payload)
-    except ValueError as error:
-        raise wrong(str(error)) from None
-    with _entry(engine, store, cluster, timeout, name) as node:
+    message = _message(identity, payload)
+    with entry() as node:
         try:
             # Before it is told: what is held when this ends would go nowhere.
             found = node.resolve(identity)

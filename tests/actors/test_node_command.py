@@ -85,6 +85,18 @@ class Place:
             yield made
 
     @contextmanager
+    def under_way(
+        self, requests: Path, *more: str, handled: int = 1_000
+    ) -> Iterator[Process]:
+        """A run of the command, of which so many messages have been handled."""
+        args = ["run", str(requests), *self.where, "--json", *more]
+        run = Process(self.folder, "run", *args)
+        with ended(run):
+            run.launch()
+            eventually(lambda: self.witness.read_text().count('"handled"') > handled)
+            yield run
+
+    @contextmanager
     def entry(self) -> Iterator[PlacementNode]:
         with entry_to(
             self.server.url, self.store, Settings(cluster=self.cluster)
@@ -348,15 +360,8 @@ def test_r2_5_a_process_killed_under_load_and_started_again_loses_no_count(
     requests = requests_in(place.folder / "requests", 300, 40)
     report = place.folder / "report"
     with place.nodes(3) as nodes:
-        run = Process(
-            place.folder,
-            "run",
-            *("run", str(requests), *place.where, "--json"),
-            *("--witness", str(place.witness), "--report", str(report)),
-        )
-        with ended(run):
-            run.launch()
-            eventually(lambda: place.witness.read_text().count('"handled"') > 1_000)
+        more = ("--witness", str(place.witness), "--report", str(report))
+        with place.under_way(requests, *more) as run:
             nodes[0].kill()
             nodes[0].start()  # at once, under the same name
             assert run.wait(120) == 0, run.err
@@ -429,15 +434,8 @@ def test_a_server_killed_and_started_again_on_its_data_is_survived(
         store = store_in(tmp_path, store_kind)
         place = Place(mortal, tmp_path, "default", store=store)
         with place.nodes(3):
-            run = Process(
-                tmp_path,
-                "run",
-                *("run", str(requests), *place.where, "--json"),
-                *("--witness", str(place.witness)),
-            )
-            with ended(run):
-                run.launch()
-                eventually(lambda: place.witness.read_text().count('"handled"') > 500)
+            witness = ("--witness", str(place.witness))
+            with place.under_way(requests, *witness, handled=500) as run:
                 mortal.kill()
                 mortal.start()
                 assert run.wait(120) == 0, run.err
@@ -474,15 +472,8 @@ def test_r2_5_a_process_that_stood_still_handles_nothing_before_it_is_back(
     requests = requests_in(place.folder / "requests", 200, 60)
     report = place.folder / "report"
     with place.nodes(3) as nodes:
-        run = Process(
-            place.folder,
-            "run",
-            *("run", str(requests), *place.where, "--json"),
-            *("--report", str(report), "--ask-timeout", "20"),
-        )
-        with ended(run):
-            run.launch()
-            eventually(lambda: place.witness.read_text().count('"handled"') > 1_000)
+        more = ("--report", str(report), "--ask-timeout", "20")
+        with place.under_way(requests, *more) as run:
             nodes[0].signal(signal.SIGSTOP)
             # What is tested is that so much time goes by while it stands still.
             time.sleep(3 * TTL_S)
@@ -519,15 +510,8 @@ def test_the_leader_of_three_servers_dies_under_load(tmp_path: Path) -> None:
         place = Place(servers[0], tmp_path, "default")
         place.where[1] = url
         with place.nodes(3):
-            run = Process(
-                tmp_path,
-                "run",
-                *("run", str(requests), *place.where, "--ask-timeout", "40"),
-                *("--report", str(report), "--json"),
-            )
-            with ended(run):
-                run.launch()
-                eventually(lambda: place.witness.read_text().count('"handled"') > 500)
+            more = ("--ask-timeout", "40", "--report", str(report))
+            with place.under_way(requests, *more, handled=500) as run:
                 leader = leader_of(url, "KV_placement_default")
                 servers[int(leader[1:])].kill()
                 assert run.wait(150) == 0, run.err
