@@ -55,7 +55,6 @@ INBOUND_MESSAGES_MAX = 65_536
 INBOUND_BYTES_MAX = 64 << 20
 _CLIENT_BYTES_MAX = 2 << 20
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.05, 1.0
-_TRIES = 4
 
 _SUBSCRIPTION = re.compile(
     r'permissions violation for subscription to "([^"]+)"', re.IGNORECASE
@@ -417,15 +416,7 @@ class NatsConnection:
     # --- connecting ---
 
     async def _first(self) -> None:
-        for left in reversed(range(_TRIES)):
-            try:
-                await self._connect()
-                break
-            except NatsUnreachable as error:
-                # A server that refuses may reset the connection before its reason
-                # has been read: ask for it again.
-                if not left or not isinstance(error.__cause__, ConnectionResetError):
-                    raise
+        await self._connect()
         self._keeper = self._spawn(self._keep())
 
     async def _connect(self) -> None:
@@ -645,7 +636,9 @@ class NatsConnection:
 
 
 def _client_type(url: NatsUrl) -> "type[Client]":
-    """nats-py's client, which here never says a secret without TLS where TLS is due.
+    """nats-py's client, with what a refusal by the server needs.
+
+    It never says a secret without TLS where TLS is due.
 
     Raises:
         MissingExtra: nats-py is not installed, or what signs for it.
@@ -657,24 +650,43 @@ def _client_type(url: NatsUrl) -> "type[Client]":
             import nkeys  # noqa: F401, PLC0415  nats-py imports it when it signs
     except ModuleNotFoundError as error:
         raise MissingExtra(error.name or "nats") from None
-    if not url.tls:
-        return nats.aio.client.Client
 
-    class TlsClient(nats.aio.client.Client):
+    class RefusableClient(nats.aio.client.Client):
         async def _process_info(
             self,
             info: dict[str, Any],
             initial_connection: bool = False,  # noqa: FBT001, FBT002  nats-py's own
         ) -> None:
             # Before a word about who we are: nats-py goes on in plain text.
-            if initial_connection and not info.get("tls_required"):
+            if url.tls and initial_connection and not info.get("tls_required"):
                 raise NatsRefused(
                     f"NATS {url}: the server does not ask for TLS, the URL does",
                     may_have_happened=False,
                 )
             await super()._process_info(info, initial_connection)
 
-    return TlsClient
+        async def _process_connect_init(self) -> None:
+            # A server that refuses a CONNECT says why and closes: a PING that comes
+            # after that is answered with a reset, and the reason is never read. So
+            # both go out in one write.
+            wire: Any = self._transport
+            write, held = wire.write, b""
+
+            def write_together(data: bytes) -> None:
+                nonlocal held
+                if data.startswith(b"CONNECT "):
+                    held = data
+                else:
+                    write(held + data)
+                    held = b""
+
+            wire.write = write_together
+            try:
+                await super()._process_connect_init()
+            finally:
+                wire.write = write
+
+    return RefusableClient
 
 
 def _credentials(url: NatsUrl) -> dict[str, Any]:
