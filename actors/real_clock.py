@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 _NOW = "the time is self.context.now()"
 _AFTER = "what is to happen later goes by self.context.after(seconds, call)"
@@ -62,29 +62,32 @@ class RealClock(RuntimeError):
 
 
 class RealClockWatch:
-    """Refuses such calls between `begin` and `end`, on the thread that began."""
+    """Refuses such calls in a `with` block, while `is_inside` is set.
+
+    Only those of the thread that is in the block.
+    """
 
     def __init__(self) -> None:
         #: What was refused, also where the user's own code has caught it.
         self.refused: list[RealClock] = []
+        #: Whether user code has been entered and not been left.
+        self.is_inside = False
         self._in_place = {
             (module, name): self._refusing(module, name, real)
             for (module, name), real in _REAL.items()
         }
         self._thread = 0
 
-    def begin(self) -> None:
-        """User code is entered."""
+    def __enter__(self) -> Self:
         self._thread = threading.get_ident()
         for (module, name), refusing in self._in_place.items():
             if getattr(module, name) is _REAL[module, name]:
                 setattr(module, name, refusing)
+        return self
 
-    def end(self) -> None:
-        """It has been left; where it was not entered nothing happens."""
-        if not self._thread:
-            return
-        self._thread = 0
+    def __exit__(self, *exc_info: object) -> None:
+        """Put back what was there, but where somebody else has put something."""
+        self.is_inside = False
         for (module, name), refusing in self._in_place.items():
             if getattr(module, name) is refusing:
                 setattr(module, name, _REAL[module, name])
@@ -93,8 +96,10 @@ class RealClockWatch:
         self, module: ModuleType, name: str, real: Callable[..., Any]
     ) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
+            if not self.is_inside or self._thread != threading.get_ident():
+                return real(*arguments, **options)
             frame = sys._getframe(1)  # noqa: SLF001  who calls
-            if self._thread == threading.get_ident() and _is_users(frame):
+            if _is_users(frame):
                 error = RealClock(
                     f"{module.__name__}.{name}() was called by {frame.f_code.co_name} "
                     f"({frame.f_code.co_filename}:{frame.f_lineno}): in a simulation "

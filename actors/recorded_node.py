@@ -80,11 +80,11 @@ class RecordedActivation(GrainActivation):
                 0 if mail is None or mail.is_ask else _number_of(mail),
             )
         )
-        self.notes.real_clock.begin()
+        self.notes.real_clock.is_inside = True
         return True
 
     def _leave(self) -> None:
-        self.notes.real_clock.end()
+        self.notes.real_clock.is_inside = False
         super()._leave()
 
     def _start(self) -> None:
@@ -213,7 +213,7 @@ class RecordedNode(PlacementNode):
         process: Any = self._engine
         shared = process.shared
         self.notes = Notes(
-            shared.world, process.clock, shared.records, shared.real_clock
+            shared.world, process.clock, shared.records, shared.world.real_clock
         )
         assert isinstance(self._outbox, RecordedOutbox)
         self._outbox.notes = self.notes

@@ -20,7 +20,6 @@ from actors.kind import BadKind, Kind
 from actors.network import Fate, Network
 from actors.node import STOP_S, PlacementNode, Witness
 from actors.observer import Bounds, Violation, observe
-from actors.real_clock import RealClockWatch
 from actors.recorded_node import RecordedNode
 from actors.simulated_store import (
     RecordingStore,
@@ -92,7 +91,6 @@ class Shared:
         self.network = Network(self.world)
         self.store = RecordingStore.of(self.world, self.records)
         self.calls = StoreCounter()
-        self.real_clock = RealClockWatch()
         self.processes: list[Process] = []
         self.turns_at_once: Callable[[], int] = lambda: 0
         self._table = PartitionTable.build(Topology(), partitions)
@@ -548,8 +546,8 @@ class SimulatedCluster(Cluster):
             AssertionError: a part of the cluster raised.
         """
         self._raise_bugs()
-        if self.shared.real_clock.refused:
-            raise self.shared.real_clock.refused[0]
+        if self.shared.world.real_clock.refused:
+            raise self.shared.world.real_clock.refused[0]
         # Who stands still hears of an answer, and of its time, when it goes on.
         bounds = bounds or Bounds(grace_ns=_GRACE_NS + self._paused_ns)
         records = self._judged(bounds.grace_ns)

@@ -11,13 +11,15 @@ Transactional Key Value Store", SIGMOD 2021, section 4.
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from random import Random
 from typing import Any, Self
 
 from actors.dispatch import Timer, Turn
 from actors.future import Future, running
 from actors.log import log
+from actors.real_clock import RealClockWatch
 from placement.errors import OutcomeUnknown
 
 #: Where the one true clock begins; no process can tell.
@@ -42,6 +44,8 @@ class World:
         self.running: ProcessClock | None = None
         self.bugs: list[tuple[str, BaseException]] = []
         self.step_count = 0
+        #: On guard wherever turns run.
+        self.real_clock = RealClockWatch()
         self._due: list[tuple[int, int, Turn, tuple[Any, ...]]] = []
         self._number = 0
         self._is_driven = False
@@ -75,11 +79,6 @@ class World:
 
     # --- running ---
 
-    @property
-    def next_ns(self) -> int | None:
-        """When something is due next; none if nothing is."""
-        return self._due[0][0] if self._due else None
-
     def step(self) -> None:
         """Run what is due next."""
         at_ns, _, turn, arguments = heapq.heappop(self._due)
@@ -89,19 +88,14 @@ class World:
 
     def run_until(self, until_ns: int) -> None:
         """Run all that is due until then, and be there."""
-        self._enter()
         due, pop = self._due, heapq.heappop
-        steps = 0
-        try:
+        with self._driving():
             while due and due[0][0] <= until_ns:
                 at_ns, _, turn, arguments = pop(due)
                 if at_ns > self.now_ns:  # noqa: PLR1730  max() is called
                     self.now_ns = at_ns
-                steps += 1
+                self.step_count += 1
                 turn(*arguments)
-        finally:
-            self.step_count += steps
-            self._is_driven = False
         self.now_ns = max(self.now_ns, until_ns)
 
     def drive(self, fact: Callable[[], bool], timeout_s: float | None) -> bool:
@@ -111,27 +105,30 @@ class World:
             Stalled: nothing is due any more, and there is no time to wait for.
         """
         until_ns = None if timeout_s is None else self.now_ns + round(timeout_s * 1e9)
-        self._enter()
-        try:
+        due = self._due
+        with self._driving():
             while not fact():
-                next_ns = self.next_ns
-                if until_ns is not None and (next_ns is None or next_ns > until_ns):
+                if until_ns is not None and (not due or due[0][0] > until_ns):
                     self.now_ns = max(self.now_ns, until_ns)
                     return False
-                if next_ns is None:
+                if not due:
                     raise Stalled("nothing is due any more in this simulation")
                 self.step()
-        finally:
-            self._is_driven = False
         return True
 
-    def _enter(self) -> None:
+    @contextmanager
+    def _driving(self) -> Iterator[None]:
         if self._is_driven:
             raise RuntimeError(
                 "a simulation waits for an answer only outside of its own turns: "
                 "in a Grain, a timer or a subscriber use await, or block=False"
             )
         self._is_driven = True
+        try:
+            with self.real_clock:
+                yield
+        finally:
+            self._is_driven = False
 
 
 class ProcessClock:

@@ -4,11 +4,13 @@ The order of the fields is the contract. A field is only ever added at the end,
 with a default; a tag is never used again.
 """
 
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
 VERSION = 1
+#: A number of 64 bits that is never negative.
+Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Resolve(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -17,35 +19,35 @@ class Resolve(msgspec.Struct, frozen=True, array_like=True, tag=1):
     `chain` are the identities that wait meanwhile, each for the next.
     """
 
-    request: int
+    request: Number
     identity: str
-    epoch: int
-    remaining_ms: int
+    epoch: Number
+    remaining_ms: Number
     chain: tuple[str, ...] = ()
 
 
 class Resolved(msgspec.Struct, frozen=True, array_like=True, tag=2):
     """It is at `session`, under `token`."""
 
-    request: int
+    request: Number
     identity: str
     session: str
-    token: int
+    token: Number
 
 
 class Redirect(msgspec.Struct, frozen=True, array_like=True, tag=3):
     """Its partition is `session`'s, as of `epoch`."""
 
-    request: int
+    request: Number
     identity: str
-    epoch: int
+    epoch: Number
     session: str
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=4):
     """It cannot be resolved: the name of the error, and why."""
 
-    request: int
+    request: Number
     identity: str
     reason: str
     message: str
@@ -58,12 +60,12 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag=5):
     """
 
     identity: str
-    procedure: int
+    procedure: Number
     coordinator: str
     host: str
-    revision: int
-    epoch: int
-    remaining_ms: int
+    revision: Number
+    epoch: Number
+    remaining_ms: Number
     chain: tuple[str, ...] = ()
 
 
@@ -71,16 +73,16 @@ class Started(msgspec.Struct, frozen=True, array_like=True, tag=6):
     """`host` has it, under `token`."""
 
     identity: str
-    procedure: int
+    procedure: Number
     host: str
-    token: int
+    token: Number
 
 
 class StartRefused(msgspec.Struct, frozen=True, array_like=True, tag=7):
     """`host` does not start it."""
 
     identity: str
-    procedure: int
+    procedure: Number
     host: str
     reason: str
     message: str
@@ -91,8 +93,8 @@ class AskOwner(msgspec.Struct, frozen=True, array_like=True, tag=8):
 
     identity: str
     session: str
-    token: int
-    procedure: int
+    token: Number
+    procedure: Number
 
 
 class OwnerAnswer(msgspec.Struct, frozen=True, array_like=True, tag=9):
@@ -100,9 +102,9 @@ class OwnerAnswer(msgspec.Struct, frozen=True, array_like=True, tag=9):
 
     identity: str
     session: str
-    procedure: int
+    procedure: Number
     state: str
-    token: int
+    token: Number
 
 
 class AskHolder(msgspec.Struct, frozen=True, array_like=True, tag=10):
@@ -110,8 +112,8 @@ class AskHolder(msgspec.Struct, frozen=True, array_like=True, tag=10):
 
     identity: str
     session: str
-    holder_procedure: int
-    procedure: int
+    holder_procedure: Number
+    procedure: Number
 
 
 class HolderAnswer(msgspec.Struct, frozen=True, array_like=True, tag=11):
@@ -119,8 +121,8 @@ class HolderAnswer(msgspec.Struct, frozen=True, array_like=True, tag=11):
 
     identity: str
     session: str
-    holder_procedure: int
-    procedure: int
+    holder_procedure: Number
+    procedure: Number
     state: str
 
 
@@ -132,27 +134,27 @@ class Deliver(msgspec.Struct, frozen=True, array_like=True, tag=12):
     """
 
     identity: str
-    token: int
-    message_id: int
+    token: Number
+    message_id: Number
     payload: Any
     request_id: str
-    remaining_ms: int
+    remaining_ms: Number
     chain: tuple[str, ...]
-    told: int = 0
+    told: Number = 0
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True, tag=13):
     """What the handler answered."""
 
-    message_id: int
+    message_id: Number
     payload: Any
-    token: int
+    token: Number
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True, tag=14):
     """The message was refused, or its handler failed or rejected it."""
 
-    message_id: int
+    message_id: Number
     reason: str
     message: str
     type_name: str
@@ -163,48 +165,48 @@ class Bounce(msgspec.Struct, frozen=True, array_like=True, tag=15):
     """A delivery that found nobody, with all that it said."""
 
     identity: str
-    token: int
-    message_id: int
+    token: Number
+    message_id: Number
     payload: Any
     request_id: str
-    remaining_ms: int
+    remaining_ms: Number
     chain: tuple[str, ...]
-    told: int = 0
+    told: Number = 0
 
 
 class Mark(msgspec.Struct, frozen=True, array_like=True, tag=16):
     """Comes back as `Marked`, after all that may bounce before it."""
 
     identity: str
-    token: int
-    mark: int
+    token: Number
+    mark: Number
 
 
 class Marked(msgspec.Struct, frozen=True, array_like=True, tag=17):
     """The mark is back."""
 
     identity: str
-    token: int
-    mark: int
+    token: Number
+    mark: Number
 
 
 class LoopBack(msgspec.Struct, frozen=True, array_like=True, tag=18):
     """From a node to itself: it works."""
 
-    nonce: int
+    nonce: Number
 
 
 class TopologyHint(msgspec.Struct, frozen=True, array_like=True, tag=19):
     """The membership has `epoch` now: read it."""
 
-    epoch: int
+    epoch: Number
 
 
 class Passivate(msgspec.Struct, frozen=True, array_like=True, tag=20):
     """End the activation with `token`."""
 
     identity: str
-    token: int
+    token: Number
 
 
 Frame: TypeAlias = (
@@ -257,9 +259,9 @@ FRAMES: tuple[type[msgspec.Struct], ...] = (
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
     """A frame and its way: from which incarnation to which, its number there."""
 
-    version: int
+    version: Number
     cluster: str
     sender: str
     receiver: str
-    number: int
+    number: Number
     body: Frame

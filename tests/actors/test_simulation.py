@@ -339,12 +339,12 @@ def test_the_real_clock_is_noticed_in_hooks_timers_and_where_it_was_caught(
 ) -> None:
     with pytest.raises(ActivationFailed, match=r"uuid.uuid4\(\) was called by on_act"):
         worldly.ref("worldly/uuid").ask("anything")
-    worldly.shared.real_clock.refused.clear()
+    worldly.shared.world.real_clock.refused.clear()
     worldly.ref("worldly/1").ask("timer")
     worldly.advance(2)
     with pytest.raises(RealClock, match=r"time\.sleep"):
         worldly.check()
-    worldly.shared.real_clock.refused.clear()
+    worldly.shared.world.real_clock.refused.clear()
     assert worldly.ref("worldly/1").ask("caught") == "done"
     with pytest.raises(RealClock, match=r"random\.shuffle"):
         worldly.check()
