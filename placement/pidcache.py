@@ -51,6 +51,8 @@ class PidCache:
         self._size_max = size_max
         # An Identity is the text that it is: either finds it.
         self._pids: dict[str, _Known] = {}
+        # Whose they are, so that a departure costs what it takes away.
+        self._of: dict[SessionId, dict[str, None]] = {}
         self.evicted_count = 0
 
     def __len__(self) -> int:
@@ -63,7 +65,7 @@ class PidCache:
             return None
         if found.until_ns > now_ns:
             return found.pid
-        del self._pids[identity]
+        self._drop(found.pid)
         return None
 
     def resolution(self, identity: str, now_ns: int) -> PlacementResolution | None:
@@ -89,49 +91,53 @@ class PidCache:
 
     def put(self, pid: Pid, now_ns: int) -> None:
         """Keep `pid`, unless a reference with a greater token is known."""
-        known = self._pids.pop(pid.identity, None)
-        if known is not None and known.pid.fencing_token > pid.fencing_token:
-            self._pids[pid.identity] = known
-            return
-        if len(self._pids) >= self._size_max:
-            del self._pids[next(iter(self._pids))]
+        known = self._pids.get(pid.identity)
+        if known is not None:
+            if known.pid.fencing_token > pid.fencing_token:
+                return
+            self._drop(known.pid)
+        elif len(self._pids) >= self._size_max:
+            self._drop(next(iter(self._pids.values())).pid)
             self.evicted_count += 1
         self._pids[pid.identity] = _Known(now_ns + self._ttl_ns, pid)
+        try:
+            self._of[pid.session][pid.identity] = None
+        except KeyError:
+            self._of[pid.session] = {pid.identity: None}
 
     def remove(self, identity: Identity, *, token: int | None = None) -> bool:
         """Forget the reference, if its token is not above `token`."""
         found = self._pids.get(identity)
         if found is None or (token is not None and found.pid.fencing_token > token):
             return False
-        del self._pids[identity]
+        self._drop(found.pid)
         return True
 
     def forget_sessions(self, sessions: Iterable[SessionId]) -> tuple[Identity, ...]:
         """Drop the references to these sessions; which identities they were of."""
-        gone = frozenset(sessions)
-        return self._drop(
-            [
-                known.pid.identity
-                for known in self._pids.values()
-                if known.pid.session in gone
-            ]
+        return tuple(
+            self._pids.pop(identity).pid.identity
+            for session in sessions
+            for identity in self._of.pop(session, ())
         )
 
     def adopt(self, topology: Topology) -> tuple[Pid, ...]:
         """Drop the references to sessions that are no members of `topology`."""
-        gone = tuple(
-            known.pid
-            for known in self._pids.values()
-            if known.pid.session not in topology
+        gone = [session for session in self._of if session not in topology]
+        return tuple(
+            self._pids.pop(identity).pid
+            for session in gone
+            for identity in self._of.pop(session)
         )
-        self._drop([pid.identity for pid in gone])
-        return gone
 
     def clear(self) -> None:
         """Forget all."""
         self._pids.clear()
+        self._of.clear()
 
-    def _drop(self, identities: list[Identity]) -> tuple[Identity, ...]:
-        for identity in identities:
-            del self._pids[identity]
-        return tuple(identities)
+    def _drop(self, pid: Pid) -> None:
+        del self._pids[pid.identity]
+        theirs = self._of[pid.session]
+        del theirs[pid.identity]
+        if not theirs:
+            del self._of[pid.session]
