@@ -1,15 +1,17 @@
 """Futures that wait without polling, and that both kinds of `await` understand."""
 
-import asyncio
 import threading
 from collections.abc import Callable, Generator
 from threading import TIMEOUT_MAX
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pykka
 
 from actors.log import log
 from placement.errors import OutcomeUnknown
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class _Running(threading.local):
@@ -139,7 +141,7 @@ class Future(pykka.Future[Any]):
         if activation is not None and not (activation.may_block() and _has_loop()):
             answer = yield self
             return answer
-        loop = asyncio.get_running_loop()
+        loop = _running_loop()
         if self._get_hook is not None:
             hooked = yield from loop.run_in_executor(None, self.get).__await__()
             return hooked
@@ -162,7 +164,13 @@ class Future(pykka.Future[Any]):
 
 def _has_loop() -> bool:
     try:
-        asyncio.get_running_loop()
+        _running_loop()
     except RuntimeError:
         return False
     return True
+
+
+def _running_loop() -> "asyncio.AbstractEventLoop":
+    import asyncio  # noqa: PLC0415  only programs that use it pay for it
+
+    return asyncio.get_running_loop()

@@ -8,38 +8,52 @@ import logging
 from datetime import UTC, datetime
 from typing import Any
 
-import structlog
-
 _STANDARD = logging.getLogger("placement")
 _STANDARD.addHandler(logging.NullHandler())
 
-_TEXT = structlog.processors.KeyValueRenderer(key_order=["event"])
-_JSON = structlog.processors.JSONRenderer(default=str)
-_is_json = False
+
+_LEVELS = ("debug", "info", "warning", "error", "exception")
 
 
-def _render(logger: Any, name: str, event: Any) -> Any:
-    if not _is_json:
-        return _TEXT(logger, name, event)
-    event["level"] = name
-    event["at"] = datetime.now(UTC).isoformat()
-    return _JSON(logger, name, event)
+class _Log:
+    """structlog's logger, made for the first line: importing it takes a while."""
+
+    is_json = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _LEVELS:
+            raise AttributeError(name)
+        import structlog  # noqa: PLC0415  see above
+
+        as_text = structlog.processors.KeyValueRenderer(key_order=["event"])
+        as_json = structlog.processors.JSONRenderer(default=str)
+
+        def render(logger: Any, level: str, event: Any) -> Any:
+            if not self.is_json:
+                return as_text(logger, level, event)
+            event["level"] = level
+            event["at"] = datetime.now(UTC).isoformat()
+            return as_json(logger, level, event)
+
+        made = structlog.wrap_logger(
+            _STANDARD,
+            processors=[
+                structlog.stdlib.filter_by_level,
+                structlog.processors.format_exc_info,
+                render,
+            ],
+            wrapper_class=structlog.stdlib.BoundLogger,
+        )
+        for each in _LEVELS:
+            setattr(self, each, getattr(made, each))
+        return self.__dict__[name]
 
 
-log: Any = structlog.wrap_logger(
-    _STANDARD,
-    processors=[
-        structlog.stdlib.filter_by_level,
-        structlog.processors.format_exc_info,
-        _render,
-    ],
-    wrapper_class=structlog.stdlib.BoundLogger,
-)
+log: Any = _Log()
 
 
 def to_stderr(level: int, *, as_json: bool = False) -> None:
     """Print what is logged from `level` on, to standard error."""
-    global _is_json  # noqa: PLW0603  one program, one standard error
-    _is_json = as_json
+    log.is_json = as_json
     form = "%(message)s" if as_json else "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(level=level, format=form, force=True)

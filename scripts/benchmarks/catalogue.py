@@ -267,6 +267,7 @@ def _processes() -> Iterable[Benchmark]:
         name="simulation/messages",
         against="a heap and the codec",
         measure=simulated.messages,
+        goal=rate(100_000),
     )
 
 
