@@ -175,22 +175,21 @@ class Activation(Protocol):
     def bounce_all(self) -> None:
         """Seal the mailbox and give back what is in it; the node's lock is held."""
 
+    def is_busy(self) -> bool:
+        """Whether it handles something, or something waits for it."""
+
     def abandon(self) -> None:
         """The node is gone: end what threads it has, without any hook."""
 
 
 class _Turn(msgspec.Struct, eq=False):
-    """User code under way: what for, and the coroutine if it has awaited.
-
-    `is_long` says that the handling of its mail counts as use until it ends.
-    """
+    """User code under way: what for, and the coroutine if it has awaited."""
 
     purpose: str
     mail: Mail | None = None
     name: str = ""
     coroutine: Coroutine[Any, Any, Any] | None = None
     awaiting: Future | None = None
-    is_long: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -327,6 +326,10 @@ class GrainActivation:
             if isinstance(mail, Mail):
                 mail.origin.bounced(mail, self.pid)
 
+    def is_busy(self) -> bool:
+        """Whether it has a turn under way, or a mail waits for one."""
+        return self._turn is not None or bool(self._mailbox)
+
     def abandon(self) -> None:
         """A Grain has no thread of its own."""
 
@@ -347,7 +350,7 @@ class GrainActivation:
         turn, self._turn = self._turn, None
         if turn is not None and turn.mail is not None:
             turn.mail.origin.failed(turn.mail, HandlerFailed(*describe(error)))
-            self._used(turn)
+            self._used()
         match self._state:
             case "starting":
                 self._activated(error)
@@ -452,8 +455,6 @@ class GrainActivation:
                 host.seal(self)
             return
         turn = self._turn = _Turn("handle", mail)
-        if self._may_block:
-            self._use(turn)
         grain, surface = self._grain, self._surface
         assert surface is not None
         payload = mail.payload
@@ -475,14 +476,16 @@ class GrainActivation:
         if isinstance(failure, BadMessage) and is_call and not turn.name:
             # It was refused before its handler was entered.
             self._turn = None
-            self._used(turn)
+            self._used()
             mail.origin.failed(mail, BadMessage(text_of(failure.message)))
-        elif failure is None and not isinstance(result, CoroutineType):
+        elif (
+            failure is None
+            and not isinstance(result, CoroutineType)
+            and not self._may_block
+        ):
             # The usual end of a turn; whoever called this takes the next mail.
             if host.witness is not None:
                 host.witness.handled(self.pid)
-            if turn.is_long:
-                self._used(turn)
             if mail.is_ask:
                 self._answer(turn, mail, result, None)
             self._turn = None
@@ -508,18 +511,10 @@ class GrainActivation:
             self._leave()
         self._returned(turn, result, failure)
 
-    def _use(self, turn: _Turn) -> None:
-        """The handling of a message may take long: that is no idle time."""
-        turn.is_long = True
+    def _used(self) -> None:
+        """The handling of a message is over: idle time starts now."""
         if self.registered is not None:
             self.registered.last_used_ns = self._host.now_ns()
-            self.registered.is_in_use = True
-
-    def _used(self, turn: _Turn) -> None:
-        """The handling of a message is over: idle time starts now."""
-        if turn.is_long and self.registered is not None:
-            self.registered.last_used_ns = self._host.now_ns()
-            self.registered.is_in_use = False
 
     def _returned(self, turn: _Turn, result: Any, error: BaseException | None) -> None:
         """User code came back: with a result, an error, or a coroutine to drive."""
@@ -553,9 +548,6 @@ class GrainActivation:
                 self._leave()
             if isinstance(token, Future) and token.owner is self:
                 turn.awaiting = token
-                if turn.mail is not None and not turn.is_long:
-                    # A turn that never awaits is over before anybody looks.
-                    self._use(turn)
                 token.on_done(self._awaited)
                 return
             value, error = None, RuntimeError(FOREIGN)
@@ -583,8 +575,7 @@ class GrainActivation:
                 assert turn.mail is not None
                 if self._host.witness is not None:
                     self._host.witness.handled(self.pid)
-                if turn.is_long:
-                    self._used(turn)
+                self._used()
                 self._answer(turn, turn.mail, result, error)
             case "activate":
                 self._turn = None

@@ -277,7 +277,7 @@ class Cluster(Verbs):
             # Let no later resolution find it in what the entry remembers.
             self._entry._need_topology(0)  # noqa: SLF001
             self._entry.wait_for(
-                lambda: session not in self._entry.topology, self._settings.ttl * 4
+                lambda: not self._entry.finds(session), self._settings.ttl * 4
             )
 
     def kill_node(self, name: str) -> None:
@@ -404,4 +404,4 @@ def check_kinds(
 
 def _knows(knower: PlacementNode, node: PlacementNode) -> bool:
     """Tell whether `knower` has seen that `node` is a member, if it is one."""
-    return node.session is None or node.session in knower.topology
+    return node.session is None or knower.finds(node.session)

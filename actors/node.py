@@ -237,12 +237,12 @@ class _NodeSender:
 class _LivingWitness:
     """Sees what a node's activations handle, while the node lives."""
 
-    def __init__(self, node: "PlacementNode") -> None:
+    def __init__(self, node: "PlacementNode", witness: Witness) -> None:
         self._node = node
-        self._witness = node._witness  # noqa: SLF001
+        self._witness = witness
 
     def handled(self, pid: Pid) -> None:
-        if self._witness is not None and not self._node.is_dead:
+        if not self._node.is_dead:
             self._witness.handled(pid)
 
 
@@ -262,7 +262,9 @@ class _NodeHost:
         self.kind_of = node._kind_of  # noqa: SLF001
         self.class_of = node._class_of  # noqa: SLF001
         self._witness = node._witness  # noqa: SLF001
-        self.witness = None if self._witness is None else _LivingWitness(node)
+        self.witness = (
+            None if self._witness is None else _LivingWitness(node, self._witness)
+        )
 
     def _tell(self, message: Any) -> None:
         self._node._tell_placement(message)  # noqa: SLF001
@@ -460,7 +462,7 @@ class PlacementNode(Verbs):
             StoreInUse: another process lives in the store of this node's own.
         """
         self.begin_member(timeout=timeout)
-        self._await_start(lambda: self._is_in(self._session), "member", timeout)
+        self._await_start(lambda: self.finds(self._session), "member", timeout)
 
     def begin_member(self, *, timeout: float = START_S) -> None:
         """Begin to start as a member, without waiting until it is one.
@@ -512,7 +514,8 @@ class PlacementNode(Verbs):
 
     def begin_stop(self) -> None:
         """Begin to stop: `has_left` says when it has left in good order."""
-        self._state = "stopping"
+        with self._changed:
+            self._state = "stopping"
         self._tell_placement(Stop())
 
     @property
@@ -550,13 +553,15 @@ class PlacementNode(Verbs):
             if not self._changed.wait_for(fact, min(timeout, TIMEOUT_MAX_S)):
                 raise NotReady(f"{self.name}: {self._why_not} after {timeout} s")
 
-    def _is_in(self, session: SessionId | None) -> bool:
+    def finds(self, session: SessionId | None) -> bool:
+        """Whether what is sent from here may go to `session`, as to a member."""
         table = self._adopted
         return session is not None and table is not None and session in table.topology
 
     def drain(self) -> None:
         """Own no partitions, start nothing new and end what runs; stay a member."""
-        self._state = "draining"
+        with self._changed:
+            self._state = "draining"
         self._publish(Happened(kind="placement", name="Draining"))
         self._tell_placement(Drain(f"{self.name} is draining"))
 
@@ -994,7 +999,7 @@ class PlacementNode(Verbs):
         self._outbox.adopt(table, closed)
         with self._changed:
             self._adopted = table
-            if self._state == "starting" and self._is_in(self._session):
+            if self._state == "starting" and self.finds(self._session):
                 self._state = "member"
             self._changed.notify_all()
         self._tell(

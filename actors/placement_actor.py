@@ -308,7 +308,8 @@ class PlacementActor(DispatchedActor):
 
     def _end_idle(self, idle_for_ns: int, now_ns: int) -> None:
         for each in self._registry.all():
-            if not each.is_in_use and now_ns - each.last_used_ns >= idle_for_ns:
+            is_idle = now_ns - each.last_used_ns >= idle_for_ns
+            if is_idle and not each.activation.is_busy():
                 self._host(
                     self._hosting.passivate(
                         each.pid.identity, fencing_token=each.pid.fencing_token

@@ -68,8 +68,8 @@ class RealClockWatch:
     """
 
     def __init__(self) -> None:
-        #: What was refused, also where the user's own code has caught it.
-        self.refused: list[RealClock] = []
+        #: What was refused first, also where the user's own code has caught it.
+        self.refused: RealClock | None = None
         #: Whether user code has been entered and not been left.
         self.is_inside = False
         self._in_place = {
@@ -105,7 +105,7 @@ class RealClockWatch:
                     f"({frame.f_code.co_filename}:{frame.f_lineno}): in a simulation "
                     f"{_REMEDIES[module][name]}"
                 )
-                self.refused.append(error)
+                self.refused = self.refused or error
                 raise error
             return real(*arguments, **options)
 

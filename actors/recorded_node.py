@@ -12,18 +12,9 @@ from actors.context import Timer
 from actors.future import Future
 from actors.node import PlacementNode
 from actors.outbox import Outbox
-from actors.real_clock import RealClockWatch
-from actors.trace import Asked, Ended, Entered, Record, Told
+from actors.trace import Asked, Ended, Entered, Record, Told, outcome_of
 from actors.world import ProcessClock, World
 from placement.entry import ActivationRecord, Pid
-from placement.errors import (
-    BadMessage,
-    Deadlock,
-    HandlerFailed,
-    OutcomeUnknown,
-    PlacementError,
-    Rejected,
-)
 from placement.identity import Identity
 from placement.lease import Guard
 
@@ -36,9 +27,8 @@ class Notes:
         world: World,
         process: ProcessClock,
         records: list[Record],
-        real_clock: RealClockWatch,
     ) -> None:
-        self.real_clock = real_clock
+        self.real_clock = world.real_clock
         self._world = world
         self._process = process
         self._records = records
@@ -186,20 +176,8 @@ class RecordedOutbox(Outbox):
         try:
             value = future.get(timeout=0)
         except Exception as error:  # whatever it ended with
-            outcome, reason = _outcome_of(error), f"{type(error).__name__}: {error}"
+            outcome, reason = outcome_of(error)
         self.notes.note(Ended(self.notes.now_ns, name, outcome, value, reason))
-
-
-def _outcome_of(error: Exception) -> str:
-    match error:
-        # A message is found bad where its handler's types look at it: entered.
-        case HandlerFailed() | Deadlock() | Rejected() | BadMessage():
-            return "failed"
-        case OutcomeUnknown():
-            return "unknown"
-        case PlacementError() if not error.may_have_happened:
-            return "refused"
-    return "unknown"
 
 
 class RecordedNode(PlacementNode):
@@ -212,9 +190,7 @@ class RecordedNode(PlacementNode):
         super().__init__(name, **parts)
         process: Any = self._engine
         shared = process.shared
-        self.notes = Notes(
-            shared.world, process.clock, shared.records, shared.world.real_clock
-        )
+        self.notes = Notes(shared.world, process.clock, shared.records)
         assert isinstance(self._outbox, RecordedOutbox)
         self._outbox.notes = self.notes
 

@@ -193,6 +193,8 @@ class SimulatedStore:
 
     @contextmanager
     def _call(self, what: str) -> Iterator[None]:
+        # Of a call before this one, which read nothing.
+        self._age_ns = 0
         trouble = None
         for fault in self._shared.faults:
             trouble = fault.trouble(self._node) or trouble

@@ -546,8 +546,8 @@ class SimulatedCluster(Cluster):
             AssertionError: a part of the cluster raised.
         """
         self._raise_bugs()
-        if self.shared.world.real_clock.refused:
-            raise self.shared.world.real_clock.refused[0]
+        if self.shared.world.real_clock.refused is not None:
+            raise self.shared.world.real_clock.refused
         # Who stands still hears of an answer, and of its time, when it goes on.
         bounds = bounds or Bounds(grace_ns=_GRACE_NS + self._paused_ns)
         records = self._judged(bounds.grace_ns)

@@ -44,7 +44,7 @@ from actors.store_rows import (
     members_from,
     record_from,
     row_from,
-    text_of,
+    text_of_members,
 )
 from placement.contracts import SessionRecord, SessionView, StoreFailure
 from placement.identity import Identity
@@ -531,7 +531,7 @@ class PostgresStore(RecordStore):
             )
         if work.has_new_topology:
             assert work.topology is not None
-            members = text_of(work.topology.members)
+            members = text_of_members(work.topology.members)
             yield _WRITE_MEMBERS, [work.topology.epoch, members]
         if work.revision > work.revision_before:
             yield _WRITE_REVISION, [work.revision]

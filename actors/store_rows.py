@@ -51,7 +51,7 @@ def record_from(
     )
 
 
-def text_of(members: Iterable[Member]) -> str:
+def text_of_members(members: Iterable[Member]) -> str:
     """The members as JSON."""
     return json.dumps(
         [
@@ -67,7 +67,7 @@ def text_of(members: Iterable[Member]) -> str:
 
 
 def members_from(text: str) -> tuple[Member, ...]:
-    """The members that `text_of` has written."""
+    """The members that `text_of_members` has written."""
     return tuple(
         Member(
             session=each["session"],

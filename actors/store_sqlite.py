@@ -27,7 +27,7 @@ from actors.store_rows import (
     members_from,
     record_from,
     row_from,
-    text_of,
+    text_of_members,
 )
 from placement.contracts import SessionRecord, StoreFailure
 from placement.identity import Identity
@@ -542,5 +542,5 @@ class SqliteStore(RecordStore):
 
     def _keep_topology(self, topology: Topology) -> None:
         self._cursor.execute(
-            _WRITE_MEMBERS, (topology.epoch, text_of(topology.members))
+            _WRITE_MEMBERS, (topology.epoch, text_of_members(topology.members))
         )

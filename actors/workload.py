@@ -15,9 +15,9 @@ from actors.future import Future, running
 from actors.grain import Grain
 from actors.kind import Kind, Strategy
 from actors.state import encode_state
-from actors.trace import Asked, Ended, Entered, Leaving, Record
+from actors.trace import Asked, Ended, Entered, Leaving, Record, outcome_of
 from actors.world import World
-from placement.errors import Deadlock, HandlerFailed, OutcomeUnknown, PlacementError
+from placement.errors import PlacementError
 from placement.identity import Identity
 from placement.topology import Member
 
@@ -194,18 +194,6 @@ class LogGrain(_Recorded):
         if not self.stage.is_spread:
             return None
         return encode_state(self.state, self.schema_version)
-
-
-def outcome_of(error: BaseException) -> tuple[str, str]:
-    """How an ask ended that was not answered, and why."""
-    reason = f"{type(error).__name__}: {error}"
-    if isinstance(error, HandlerFailed | Deadlock):
-        return "failed", reason
-    if isinstance(error, OutcomeUnknown):
-        return "unknown", reason
-    if isinstance(error, PlacementError) and not error.may_have_happened:
-        return "refused", reason
-    return "unknown", reason
 
 
 def spread(

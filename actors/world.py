@@ -265,6 +265,10 @@ class SteppedDispatcher:
         if process.is_gone or self._is_stopped:
             self._turns.clear()
             return
+        # Asked for twice where its process went on before its time.
+        if world.now_ns < self._free_ns:
+            world.at(self._free_ns, self._run)
+            return
         if world.now_ns < process.resumes_ns:
             world.at(process.resumes_ns, self._run)
             return

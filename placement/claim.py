@@ -37,12 +37,12 @@ ChooseHost: TypeAlias = Callable[[Identity, PartitionTable], Member]
 #: Refusals of a host after which another try may go better.
 _TRANSIENT = frozenset({"NoAuthority", "NotReady", "Pending", "LockDenied"})
 
-#: A question may soon have another answer; a store or host is only late.
-_ASK_AGAIN = RetryPolicy(first_ns=20_000_000, largest_ns=500_000_000)
 #: How many procedures ask the store at once; the others wait for their turn. What
 #: waits behind thousands in a store's queue would be asked again before its answer.
 ACQUIRING_MAX = 512
 
+#: A question may soon have another answer; a store or host is only late.
+_ASK_AGAIN = RetryPolicy(first_ns=20_000_000, largest_ns=500_000_000)
 # Growing, because what is late under load is sent once more into that load.
 _SEND_AGAIN = RetryPolicy(first_ns=500_000_000, largest_ns=4_000_000_000)
 
@@ -634,6 +634,7 @@ class Claims:
         self, procedure: _Procedure, holder: Acquisition, now_ns: int
     ) -> tuple[ClaimEffect, ...]:
         procedure.phase = "asking holder"
+        procedure.sent = 0
         procedure.may_hold = False
         procedure.holder = holder
         procedure.awaiting = holder.session

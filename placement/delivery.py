@@ -201,7 +201,7 @@ class Deliveries:
         self._note_ended(over)
         effects: list[DeliveryEffect] = []
         for pid in self.cache.adopt(table.topology):
-            self._note_over(pid)
+            self._note_over(pid.identity, pid.fencing_token)
             effects.append(
                 Happened(
                     kind="cache",
@@ -307,9 +307,9 @@ class Deliveries:
         while len(self._ended) > ENDED_MAX:
             del self._ended[next(iter(self._ended))]
 
-    def _note_over(self, pid: Pid) -> None:
-        self._over.pop(pid.identity, None)
-        self._over[pid.identity] = pid.fencing_token
+    def _note_over(self, identity: Identity, token: int) -> None:
+        known = self._over.pop(identity, 0)
+        self._over[identity] = max(known, token)
         if len(self._over) > OVER_MAX:
             del self._over[next(iter(self._over))]
 
@@ -338,7 +338,9 @@ class Deliveries:
             return self._admit(now_ns)
         self._drop(hold)
         if self._table is None or pid.session not in self._table.topology:
-            # Too new to be known here, or over before it was: used, not kept.
+            # Too new to be known here, or over before it was: used, not kept. What
+            # comes back later from an older one was overtaken by these.
+            self._note_over(pid.identity, pid.fencing_token - 1)
             return (
                 NeedTopology(0),
                 *(Transmit(pid, message) for message in hold.messages()),
@@ -407,7 +409,7 @@ class Deliveries:
             elif hold.marked is not None:
                 effects += self._mark(hold, now_ns)
             elif hold.is_queued:
-                self._until(hold, hold.messages()[0].deadline_ns)
+                self._until(hold, _NEVER_NS)
             else:
                 self._uncount(hold)
                 effects += self._resolve(hold, now_ns)
@@ -502,7 +504,7 @@ class Deliveries:
             if count >= ASKED_MAX:
                 hold.is_queued = True
                 self._queues.setdefault(owner, deque()).append(hold.request)
-                self._until(hold, hold.messages()[0].deadline_ns)
+                self._until(hold, _NEVER_NS)
                 return ()
             self._asked_count[owner] = count + 1
             hold.is_counted = True

@@ -53,6 +53,7 @@ class PidCache:
         self._pids: dict[str, _Known] = {}
         # Whose they are, so that a departure costs what it takes away.
         self._of: dict[SessionId, dict[str, None]] = {}
+        self._epoch = 0
         self.evicted_count = 0
 
     def __len__(self) -> int:
@@ -71,12 +72,14 @@ class PidCache:
     def resolution(self, identity: str, now_ns: int) -> PlacementResolution | None:
         """What `keep` was given for the reference, unless its time to live is over.
 
-        For any thread, without a lock: it reads one entry, and changes nothing.
+        For any thread, without a lock: it reads one entry, and changes nothing. What
+        was found in another epoch has to be found again.
         """
         found = self._pids.get(identity)
         if found is None or found.until_ns <= now_ns:
             return None
-        return found.resolution
+        known = found.resolution
+        return known if known is not None and known.epoch == self._epoch else None
 
     def keep(self, resolution: PlacementResolution) -> None:
         """Have `resolution` found as long as the reference that it tells of."""
@@ -123,6 +126,7 @@ class PidCache:
 
     def adopt(self, topology: Topology) -> tuple[Pid, ...]:
         """Drop the references to sessions that are no members of `topology`."""
+        self._epoch = topology.epoch
         gone = [session for session in self._of if session not in topology]
         return tuple(
             self._pids.pop(identity).pid

@@ -3,34 +3,38 @@
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from placement.entry import Pid
 from placement.identity import Identity
 
-T = TypeVar("T")
+
+class Hosted(Protocol):
+    """What is registered."""
+
+    def is_busy(self) -> bool:
+        """Whether it handles something, or something waits for it."""
+
+
+T = TypeVar("T", bound=Hosted)
 
 
 @dataclass(slots=True, eq=False)
 class Registered(Generic[T]):
-    """One activation; `last_used_ns` is written by whoever uses it.
-
-    While `is_in_use` it is not idle, however long that takes.
-    """
+    """One activation; `last_used_ns` is written by whoever uses it."""
 
     pid: Pid
     activation: T
     last_used_ns: int
     idle_after_ns: int | None
-    is_in_use: bool = False
 
 
 class VirtualActorRegistry(Generic[T]):
     """Activations by identity, with idle tracking.
 
-    One thread adds and removes. Others may call `find`, and write `last_used_ns`
-    and `is_in_use`: under the GIL each is one indivisible step. An activation is
-    looked at when it may be idle, not at each use: a use costs assignments only.
+    One thread adds and removes. Others may call `find`, and write `last_used_ns`:
+    under the GIL each is one indivisible step. An activation is looked at, and asked
+    whether it is busy, when it may be idle: a use costs an assignment only.
     """
 
     def __init__(self) -> None:
@@ -82,7 +86,7 @@ class VirtualActorRegistry(Generic[T]):
                 continue
             assert registered.idle_after_ns is not None
             idle_at_ns = registered.last_used_ns + registered.idle_after_ns
-            if registered.is_in_use:
+            if registered.activation.is_busy():
                 idle_at_ns = now_ns + registered.idle_after_ns
             elif idle_at_ns <= now_ns:
                 found.append(registered.pid)

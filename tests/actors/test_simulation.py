@@ -31,6 +31,7 @@ from actors.recorded_node import RecordedNode
 from actors.simulation import SimulatedCluster, Unsafe
 from actors.trace import Asked, Ended, Entered, ProcessEnded
 from actors.witness import ActivationWitness
+from actors.world import ProcessClock, SteppedDispatcher, World
 from placement.entry import ActivationRecord, Pid
 from placement.errors import (
     ActivationFailed,
@@ -339,12 +340,12 @@ def test_the_real_clock_is_noticed_in_hooks_timers_and_where_it_was_caught(
 ) -> None:
     with pytest.raises(ActivationFailed, match=r"uuid.uuid4\(\) was called by on_act"):
         worldly.ref("worldly/uuid").ask("anything")
-    worldly.shared.world.real_clock.refused.clear()
+    worldly.shared.world.real_clock.refused = None
     worldly.ref("worldly/1").ask("timer")
     worldly.advance(2)
     with pytest.raises(RealClock, match=r"time\.sleep"):
         worldly.check()
-    worldly.shared.world.real_clock.refused.clear()
+    worldly.shared.world.real_clock.refused = None
     assert worldly.ref("worldly/1").ask("caught") == "done"
     with pytest.raises(RealClock, match=r"random\.shuffle"):
         worldly.check()
@@ -741,3 +742,29 @@ def test_many_simulations_one_after_the_other_leak_nothing() -> None:
     gc.collect()
 
     assert [world for world in worlds if world() is not None] == []
+
+
+def test_a_thread_that_is_busy_runs_nothing_else_after_a_pause_cut_short() -> None:
+    world = World(1)
+    process = ProcessClock(world, offset_ns=5, rate_ppm=1_000_000)
+
+    begun: list[tuple[str, int]] = []
+    bugs: list[BaseException] = []
+    thread = SteppedDispatcher(world, process, "t", lag_ns=1, on_bug=bugs.append)
+
+    def turn(name: str) -> None:
+        begun.append((name, world.now_ns - began_ns))
+        world.spend(100)
+
+    began_ns = world.now_ns
+    process.pause(began_ns + 50)
+    thread.post(turn, "first")
+    world.run_until(began_ns + 10)
+    process.resumes_ns = 0
+    thread.wake()
+    world.run_until(began_ns + 20)
+    thread.post(turn, "second")
+    world.run_until(began_ns + 1_000)
+
+    assert begun == [("first", 10), ("second", 110)]
+    assert not bugs

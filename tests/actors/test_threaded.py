@@ -6,9 +6,10 @@ from typing import Any
 import pykka
 import pytest
 
-from actors import Cluster, Kind, PlacementNode, handler
+from actors import Cluster, Grain, Kind, PlacementNode, handler
 from actors.witness import ActivationWitness
 from placement.errors import ActivationFailed, HandlerFailed, OutcomeUnknown
+from placement.identity import Identity
 from tests.actors.actors_under_test import GATES, Echo, Worker
 from tests.actors.test_activation import RAISED, token_of
 from tests.actors.test_cluster import FAST
@@ -267,3 +268,51 @@ def test_idle_time_starts_when_a_blocking_handler_ends() -> None:
         threading.Event().wait(0.1)
         # Another activation would begin anew.
         assert worker.ask("count") == count + 1
+
+
+def test_what_comes_back_from_user_code_after_the_end_is_not_handled() -> None:
+    GATES["late"] = threading.Event()
+    witness = ActivationWitness()
+    with PlacementNode("n", kinds=KINDS, witness=witness, **FAST) as node:
+        node.start_member()
+        waiting = node.ref("worker/1").ask(["wait", "late"], block=False)
+        eventually(lambda: bool(node.snapshot().activations))
+        registered = node._registry.find(Identity.parse("worker/1"))
+        assert registered is not None
+        eventually(lambda: registered.activation._is_inside)  # type: ignore[attr-defined]
+        registered.activation.stop(lapsed=True)
+        with pytest.raises(OutcomeUnknown, match="lost its lease"):
+            waiting.get(timeout=5)
+        GATES["late"].set()
+        eventually(lambda: not node.snapshot().activations)
+    assert witness.of("worker/1").activations == 1
+    assert witness.of("worker/1").handled == 0
+
+
+class Timed(Grain):
+    """Its timer awaits a worker that waits."""
+
+    def on_receive(self, message: Any) -> Any:
+        if message == "wait":
+            self.context.after(0, self.wait)
+        return message
+
+    async def wait(self) -> None:
+        await self.context.ref("worker/1").ask_async(["wait", "timed"])
+
+
+def test_what_has_a_message_waiting_is_not_idle() -> None:
+    GATES["timed"] = threading.Event()
+    with Cluster.embedded(nodes=1, kinds={**KINDS, "timed": Timed}) as cluster:
+        node = cluster.node("node-1")
+        timed = cluster.ref("timed/1")
+        timed.ask("wait")
+        eventually(lambda: token_of(node, "worker/1") > 0)
+        token = token_of(node, "timed/1")
+        waiting = timed.ask("behind it", block=False)
+        node.passivate_idle(0.0)
+        cluster.ref("echo/1").ask(1)  # started by whoever was told that before
+        GATES["timed"].set()
+
+        assert waiting.get(timeout=5) == "behind it"
+        assert token_of(node, "timed/1") == token

@@ -17,6 +17,7 @@ from placement.errors import Refusal
 from placement.event import Happened
 from placement.identity import Identity
 from placement.pidcache import PidCache
+from placement.topology import SessionId
 from tests.placement.builders import CART, A, B, S, none_of, only, table
 
 HERE = Pid(CART, A, 5)
@@ -322,3 +323,23 @@ def test_a_burst_is_asked_elsewhere_when_its_coordinator_has_left() -> None:
     assert {each.owner for each in asked} == {B}
     pid = Pid(asked[0].identity, B, 5)
     assert only(made.resolved(asked[0].request, pid, now_ns=1), ResolvePid)
+
+
+def test_what_was_overtaken_on_a_way_that_was_not_kept_is_not_sent_on() -> None:
+    made = deliveries()
+    first_there, then_there = (
+        Pid(CART, SessionId("c.1#1"), 5),
+        Pid(CART, SessionId("d.1#1"), 9),
+    )
+    resolve = held(made, 1)
+    made.hold(message(2), now_ns=0)
+    effects = made.resolved(resolve.request, first_there, now_ns=0)
+    assert sent(effects) == [(first_there, 1), (first_there, 2)]
+    resolve = held(made, 3)
+    assert not made.bounced(first_there, message(1), needs_mark=True, now_ns=0)
+    effects = made.resolved(resolve.request, then_there, now_ns=0)
+    assert sent(effects) == [(then_there, 1), (then_there, 3)]
+
+    late = made.bounced(first_there, message(2), needs_mark=True, now_ns=0)
+
+    assert only(late, FailMessage).refusal.reason == "NotHere"

@@ -284,6 +284,8 @@ def pid(number: int, token: int = 1, session: SessionId = A) -> Pid:
 
 def test_what_is_kept_of_a_reference_is_found_as_long_as_the_reference() -> None:
     cache, pid = PidCache(ttl_ns=10, size_max=2), Pid(CART, A, 7)
+    members = (Member(session=A), Member(session=B))
+    cache.adopt(Topology(epoch=1, members=members))
     kept = PlacementResolution(
         identity=CART,
         pid=pid,
@@ -301,6 +303,11 @@ def test_what_is_kept_of_a_reference_is_found_as_long_as_the_reference() -> None
     assert cache.resolution(CART, 9) is kept
     assert cache.resolution(str(CART), 9) is kept
     assert cache.resolution(CART, 10) is None
+    cache.adopt(Topology(epoch=2, members=members))
+    assert cache.get(CART, 9) == pid
+    assert cache.resolution(CART, 9) is None  # it may be another's now
+    cache.keep(kept)
+    assert cache.resolution(CART, 9) is None
     cache.put(Pid(CART, B, 8), 0)
     cache.keep(kept)  # of a reference that is known no more
     assert cache.resolution(CART, 0) is None
@@ -333,12 +340,21 @@ def test_the_cache_forgets_by_time_size_token_and_topology() -> None:
         PidCache(ttl_ns=0, size_max=1)
 
 
+class Worker:
+    """An activation that says whether it is busy."""
+
+    busy = False
+
+    def is_busy(self) -> bool:
+        return self.busy
+
+
 def test_the_registry_finds_idle_activations_and_only_those() -> None:
-    registry: VirtualActorRegistry[str] = VirtualActorRegistry()
+    registry: VirtualActorRegistry[Worker] = VirtualActorRegistry()
     assert registry.due_ns is None
-    one = registry.add(pid(1), "one", now_ns=0, idle_after_ns=10)
-    registry.add(pid(2), "two", now_ns=0, idle_after_ns=None)
-    registry.add(pid(3), "three", now_ns=0, idle_after_ns=10)
+    one = registry.add(pid(1), Worker(), now_ns=0, idle_after_ns=10)
+    registry.add(pid(2), Worker(), now_ns=0, idle_after_ns=None)
+    registry.add(pid(3), Worker(), now_ns=0, idle_after_ns=10)
     assert registry.due_ns == 10
     one.last_used_ns = 5
     assert registry.idle(9) == ()
@@ -348,19 +364,20 @@ def test_the_registry_finds_idle_activations_and_only_those() -> None:
     assert registry.remove(pid(3, token=9)) is None
     removed = registry.remove(pid(3))
     assert removed is not None
-    assert removed.activation == "three"
+    assert removed.pid == pid(3)
     assert registry.idle(100) == (pid(1),)
     assert [each.pid for each in registry.all()] == [pid(1), pid(2)]
     assert len(registry) == 2
     assert registry.find(pid(3).identity) is None
 
 
-def test_what_is_in_use_is_not_idle_and_its_idle_time_starts_at_the_end() -> None:
-    registry: VirtualActorRegistry[str] = VirtualActorRegistry()
-    one = registry.add(pid(1), "one", now_ns=0, idle_after_ns=10)
-    one.is_in_use = True
+def test_what_is_busy_is_not_idle_and_its_idle_time_starts_at_the_end() -> None:
+    registry: VirtualActorRegistry[Worker] = VirtualActorRegistry()
+    worker = Worker()
+    one = registry.add(pid(1), worker, now_ns=0, idle_after_ns=10)
+    worker.busy = True
     assert registry.idle(10) == registry.idle(20) == ()
-    one.is_in_use, one.last_used_ns = False, 25
+    worker.busy, one.last_used_ns = False, 25
     assert registry.idle(30) == ()
     assert registry.due_ns == 35
     assert registry.idle(35) == (pid(1),)
