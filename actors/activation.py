@@ -166,7 +166,7 @@ class Activation(Protocol):
     def deliver(self, mail: Mail) -> bool:
         """Queue; false where nothing is queued any more (the mail is not here).
 
-        Called with the node's lock held. A full inbox is told to the origin.
+        From any thread. A full inbox is told to the origin.
         """
 
     def stop(self, *, lapsed: bool) -> None:
@@ -300,18 +300,22 @@ class GrainActivation:
         self._post(self._start)
 
     def deliver(self, mail: Mail) -> bool:
-        """Queue; the node's lock is held."""
+        """Queue, from any thread."""
         if self._is_sealed:
             return False
-        if len(self._mailbox) >= self.kind.inbox_max:
+        mailbox = self._mailbox
+        if len(mailbox) >= self.kind.inbox_max:
             mail.origin.failed(
                 mail, Overloaded(f"{self.pid.identity}: its inbox is full")
             )
             return True
-        self._mailbox.append(mail)
+        mailbox.append(mail)
         if not self._is_scheduled:
             self._is_scheduled = True
             self._post(self._run)
+        if self._is_sealed:
+            # By another thread just now, which may have given back all before it.
+            self._host.seal(self)
         return True
 
     def stop(self, *, lapsed: bool) -> None:

@@ -1,6 +1,7 @@
 """The outbox of a node: sends messages to identities, and awaits their answers."""
 
 import heapq
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -66,7 +67,10 @@ class Outbox:
 
     Its lock orders sending against the sealing of mailboxes on this node, so
     that nothing overtakes what a sealed mailbox gives back. An answer does not
-    take it, it only pops: whoever goes through `_asked` goes through a copy.
+    take it, it only pops: whoever goes through `_asked` goes through a copy. Nor
+    does a message to an activation here that is *straight*: one to which, since a
+    message was last given to it under the lock, none was held. What the same thread
+    sent before it is in that mailbox then, or has been handled.
     """
 
     def __init__(
@@ -90,10 +94,12 @@ class Outbox:
         self._now_ns = dispatcher.now_ns
         self._deliveries = deliveries
         self._registry = registry
+        self._find = registry.find
         self._send_frame = send
         self._need_topology = need_topology
         self._publish = publish
-        self._last_number = 0
+        # One at a time for all threads, without the lock.
+        self._take_number = itertools.count(1).__next__
         # Asks without an answer yet; the session of one is none while it is held.
         self._asked: dict[int, Mail] = {}
         self._deadlines: list[tuple[int, int]] = []
@@ -101,6 +107,7 @@ class Outbox:
         self._effects: deque[DeliveryEffect] = deque()
         self._is_performing = False
         self._needed_epochs: set[int] = set()
+        deliveries.on_hold = self._hold_begins
 
     def waiting(self) -> tuple[Identity, ...]:
         """The identities for which a message is held or an answer awaited."""
@@ -119,6 +126,7 @@ class Outbox:
         """Send no more; what waits for an answer hears why there is none."""
         with self.lock:
             self._perform(self._deliveries.close(why))
+            self._nothing_is_straight()
             asked = self._asked.copy()
             self._asked.clear()
             self._alarm.cancel()
@@ -131,6 +139,8 @@ class Outbox:
         with self.lock:
             now_ns = self._now_ns()
             self._perform(self._deliveries.adopt(table, gone, now_ns=now_ns))
+            if not self._deliveries.is_ready:
+                self._nothing_is_straight()
             ended = [
                 each
                 for number, each in self._asked.copy().items()
@@ -150,8 +160,9 @@ class Outbox:
         timeout: float | None,
         request_id: str,
         chain: tuple[str, ...],
-    ) -> None:
-        """Send `payload`, which has been checked and copied."""
+    ) -> int:
+        """Send `payload`, which has been checked and copied; its number."""
+        number = self._take_number()
         now_ns = self._now_ns()
         seconds = self.ask_timeout if timeout is None else timeout
         deadline_ns = now_ns + max(0, round(seconds * 1e9))
@@ -160,12 +171,19 @@ class Outbox:
         handle_by_ns = deadline_ns if is_ask else 0
         # Carried until it needs more: an `Outgoing`, once it is held or sent.
         mail = Mail(
-            payload, request_id, chain, handle_by_ns, is_ask, self, 0, identity, future
+            payload,
+            request_id,
+            chain,
+            handle_by_ns,
+            is_ask,
+            self,
+            number,
+            identity,
+            future,
         )
         lock = self.lock
         lock.acquire()  # a `with` costs twice as much
         try:
-            number = mail.number = self._last_number = self._last_number + 1
             if is_ask:
                 self._asked[number] = mail
                 if not self._deadlines or deadline_ns < self._deadlines[0][0]:
@@ -173,27 +191,43 @@ class Outbox:
                 heapq.heappush(self._deadlines, (deadline_ns, number))
                 if len(self._deadlines) > max(_DEADLINES_MIN, 2 * len(self._asked)):
                     self._forget_answered()
+            found = self._find(identity)
+            if found is not None and found.is_straight:
+                mail.session = found.pid.session
+                if found.activation.deliver(mail):
+                    return number
+                mail.session = None
             if not self._deliver_here(mail, identity, now_ns):
                 self._dispatch(self._outgoing(mail, identity, deadline_ns), now_ns)
         finally:
             lock.release()
+        return number
 
-    def tell(self, identity: Identity, payload: Any, request_id: str) -> None:
+    def tell(self, identity: Identity, payload: Any, request_id: str) -> int:
         """Send `payload`, which has been checked and copied, without an answer.
 
         The same as `send`, in fewer steps where the activation is on this node.
         """
-        now_ns = self._now_ns()
-        mail = Mail(payload, request_id, (), 0, False, self, 0, identity)
-        lock = self.lock
-        lock.acquire()  # a `with` costs twice as much
-        try:
-            mail.number = self._last_number = self._last_number + 1
+        number = self._take_number()
+        mail = Mail(payload, request_id, (), 0, False, self, number, identity)
+        found = self._find(identity)
+        if found is not None and found.is_straight and found.activation.deliver(mail):
+            return number
+        with self.lock:
+            now_ns = self._now_ns()
             if not self._deliver_here(mail, identity, now_ns):
                 deadline_ns = now_ns + round(self.ask_timeout * 1e9)
                 self._dispatch(self._outgoing(mail, identity, deadline_ns), now_ns)
-        finally:
-            lock.release()
+        return number
+
+    def _hold_begins(self, identity: Identity) -> None:
+        found = self._find(identity)
+        if found is not None:
+            found.is_straight = False
+
+    def _nothing_is_straight(self) -> None:
+        for each in self._registry.all():
+            each.is_straight = False
 
     def _deliver_here(self, mail: Mail, identity: Identity, now_ns: int) -> bool:
         """Give it straight to the activation, where that is known to be on this node.
@@ -210,6 +244,7 @@ class Outbox:
             return False
         mail.session = pid.session
         if found.activation.deliver(mail):
+            found.is_straight = True
             return True
         mail.session = None
         return False
@@ -232,9 +267,8 @@ class Outbox:
         seconds = self.ask_timeout if timeout is None else timeout
         deadline_ns = now_ns + max(0, round(seconds * 1e9))
         with self.lock:
-            self._last_number += 1
             self._dispatch(
-                Outgoing(self._last_number, identity, deadline_ns, _Sought(future)),
+                Outgoing(self._take_number(), identity, deadline_ns, _Sought(future)),
                 now_ns,
             )
 

@@ -123,27 +123,10 @@ class RecordedOutbox(Outbox):
         timeout: float | None,
         request_id: str,
         chain: tuple[str, ...],
-    ) -> None:
+    ) -> int:
         """Send `payload`, and write it down."""
-        number = self._last_number + 1
-        if future is None:
-            self._note_told(identity, number)
-        else:
-            name = self._name(number)
-            now_ns = self.notes.now_ns
-            seconds = self.ask_timeout if timeout is None else timeout
-            self.notes.note(
-                Asked(
-                    now_ns,
-                    str(self._own),
-                    name,
-                    str(identity),
-                    "ask",
-                    now_ns + round(seconds * 1e9),
-                )
-            )
-            future.on_done(lambda done: self._note_end(name, done))
-        super().send(
+        now_ns = self.notes.now_ns
+        number = super().send(
             identity,
             payload,
             future=future,
@@ -151,11 +134,29 @@ class RecordedOutbox(Outbox):
             request_id=request_id,
             chain=chain,
         )
+        if future is None:
+            self._note_told(identity, number)
+            return number
+        name = self._name(number)
+        seconds = self.ask_timeout if timeout is None else timeout
+        self.notes.note(
+            Asked(
+                now_ns,
+                str(self._own),
+                name,
+                str(identity),
+                "ask",
+                now_ns + round(seconds * 1e9),
+            )
+        )
+        future.on_done(lambda done: self._note_end(name, done))
+        return number
 
-    def tell(self, identity: Identity, payload: Any, request_id: str) -> None:
+    def tell(self, identity: Identity, payload: Any, request_id: str) -> int:
         """Send `payload` without an answer, and write it down."""
-        self._note_told(identity, self._last_number + 1)
-        super().tell(identity, payload, request_id)
+        number = super().tell(identity, payload, request_id)
+        self._note_told(identity, number)
+        return number
 
     def _name(self, number: int) -> str:
         return f"{self._own}/{number}"

@@ -12,7 +12,7 @@ bounce. Times are nanoseconds of the caller's clock.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -146,6 +146,8 @@ class Deliveries:
 
     def __init__(self, cache: PidCache) -> None:
         self.cache = cache
+        #: Called with an identity when messages to it begin to be held.
+        self.on_hold: Callable[[Identity], object] = lambda _: None
         self._held: dict[Identity, _Hold] = {}
         self._by_request: dict[int, _Hold] = {}
         self._first_due_ns = _NEVER_NS
@@ -155,7 +157,7 @@ class Deliveries:
         self._over: dict[Identity, int] = {}
         self._ended: dict[SessionId, None] = {}
         self._table: PartitionTable | None = None
-        self._is_running = self._is_ready = False
+        self._is_running = self.is_ready = False
         self._why_not = "the node has not started"
         self._last_request = 0
 
@@ -229,12 +231,12 @@ class Deliveries:
 
     def route(self, identity: Identity, now_ns: int) -> Pid | None:
         """Where a message to `identity` goes straight; none: `hold` it."""
-        if identity in self._held or not self._is_ready:
+        if identity in self._held or not self.is_ready:
             return None
         return self.cache.get(identity, now_ns)
 
     def _look_whether_ready(self) -> None:
-        self._is_ready = self.refusal() is None
+        self.is_ready = self.refusal() is None
 
     def refusal(self) -> Refusal | None:
         """Why nothing can be sent now; none where it can."""
@@ -426,6 +428,7 @@ class Deliveries:
         hold = _Hold(identity, self._last_request)
         self._held[identity] = hold
         self._by_request[hold.request] = hold
+        self.on_hold(identity)
         return hold
 
     def _drop(self, hold: _Hold) -> None:

@@ -21,12 +21,17 @@ T = TypeVar("T", bound=Hosted)
 
 @dataclass(slots=True, eq=False)
 class Registered(Generic[T]):
-    """One activation; `last_used_ns` is written by whoever uses it."""
+    """One activation; `last_used_ns` is written by whoever uses it.
+
+    `is_straight` says that nothing to it is held anywhere on its node: a message may
+    be given to it at once. It is the sender's, who knows.
+    """
 
     pid: Pid
     activation: T
     last_used_ns: int
     idle_after_ns: int | None
+    is_straight: bool = False
 
 
 class VirtualActorRegistry(Generic[T]):
