@@ -477,15 +477,15 @@ def _defect(variant: type[Variant], seed: int, *rules: str) -> Defect:
 
 
 DEFECTS: dict[str, Defect] = {
-    "unguarded": _defect(Unguarded, 1, "closed-session", "one-activation"),
+    "unguarded": _defect(Unguarded, 2, "closed-session", "one-activation"),
     "lease-from-answer": _defect(
         LeaseFromAnswer, 2, "closed-session", "one-activation"
     ),
-    "no-margin": _defect(NoMargin, 32, "closed-session", "one-activation"),
+    "no-margin": _defect(NoMargin, 42, "closed-session", "one-activation"),
     "entry-after-start": _defect(EntryAfterStart, 1, "entry-first"),
     "entry-replaced": _defect(EntryReplaced, 1, "owner-open"),
     "close-ignores-count": _defect(
-        CloseIgnoresCount, 1, "closed-session", "one-activation"
+        CloseIgnoresCount, 2, "closed-session", "one-activation"
     ),
     "late-release": _defect(LateRelease, 1, "stale-write"),
     "stale-save": _defect(StaleSave, 2, "stale-write"),
@@ -495,9 +495,9 @@ DEFECTS: dict[str, Defect] = {
     "handled-twice": _defect(HandledTwice, 1, "handled-once"),
     "order-lost": _defect(OrderLost, 1, "order"),
     "lost-lock": _defect(LostLock, 1, "reachable", "left-behind"),
-    "old-redirect": _defect(OldRedirect, 1, "bounded-work"),
+    "old-redirect": _defect(OldRedirect, 2, "bounded-work"),
     "stale-cache": _defect(StaleCache, 1, "reachable"),
-    "forgotten-waiter": _defect(ForgottenWaiter, 1, "reachable", "left-behind"),
+    "forgotten-waiter": _defect(ForgottenWaiter, 5, "reachable", "left-behind"),
 }
 
 

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 import pykka
+from msgspec.structs import astuple
 
 from actors.activation import Activation, GrainActivation, Mail
 from actors.coordinator import Arrived, PartitionCoordinator, TopologyChanged
@@ -125,36 +126,39 @@ class Snapshot:
 
 
 class _Remote:
-    """The origin of a mail that came from another node."""
+    """The origin of mails that came from another node, each in a `Deliver`."""
 
-    __slots__ = ("_message_id", "_publish", "_send", "_token", "address")
+    __slots__ = ("_publish", "_send", "address")
 
     def __init__(
         self,
         send: Callable[..., bool],
         publish: Callable[[Happened], None],
         address: Any,
-        message_id: int,
-        token: int,
     ) -> None:
         self._send = send
         self._publish = publish
         self.address = address
-        self._message_id = message_id
-        self._token = token
 
     def answered(self, mail: Mail, value: Any, pid: Pid) -> None:
-        self._send(self.address, Answer(self._message_id, value, self._token))
+        carried = mail.carried
+        self._send(self.address, Answer(carried.message_id, value, carried.token))
 
     def failed(self, mail: Mail, error: PlacementError) -> None:
-        if self._message_id:
-            self._send(self.address, failure_of(self._message_id, error))
+        message_id = mail.carried.message_id
+        if message_id:
+            self._send(self.address, failure_of(message_id, error))
         elif not error.may_have_happened:
             identity = Identity.parse(mail.carried.identity)
             self._publish(dropped(identity, Refusal.of(error)))
 
     def bounced(self, mail: Mail, pid: Pid) -> None:
-        self._send(self.address, mail.carried)
+        self._send(self.address, _bounce_of(mail.carried))
+
+
+def _bounce_of(frame: Deliver) -> Bounce:
+    """It goes back with all that it said."""
+    return Bounce(*astuple(frame))
 
 
 def failure_of(message_id: int, error: PlacementError) -> Failure:
@@ -904,45 +908,32 @@ class PlacementNode(Verbs):
             return
 
     def _deliver(self, sender: Any, frame: Deliver) -> None:
-        bounce = Bounce(
-            frame.identity,
-            frame.token,
-            frame.message_id,
-            frame.payload,
-            frame.request_id,
-            frame.remaining_ms,
-            frame.chain,
-            frame.told,
-        )
         is_ask = frame.message_id != 0
         # Nobody waits for a tell: it may be in the mailbox as long as it takes.
         handle_by_ns = 0
         if is_ask:
-            now_ns = self._engine.clock.now_ns()
-            handle_by_ns = now_ns + frame.remaining_ms * 1_000_000
+            handle_by_ns = self._now_ns() + frame.remaining_ms * 1_000_000
+        origin = _Remote(self._postbox.send, self._publish, sender)
         mail = Mail(
             frame.payload,
             frame.request_id,
             frame.chain,
             handle_by_ns,
             is_ask,
-            _Remote(
-                self._postbox.send,
-                self._publish,
-                sender,
-                frame.message_id,
-                frame.token,
-            ),
-            carried=bounce,
+            origin,
+            carried=frame,
         )
+        # Under the lock: whoever seals the mailbox has given all back before a mark
+        # that was sent after it is.
         with self._outbox.lock:
-            found = self._registry.find(Identity.parse(frame.identity))
+            # An identity is the text that it is.
+            found = self._registry.find(frame.identity)  # type: ignore[arg-type]
             if (
                 found is None
                 or found.pid.fencing_token != frame.token
                 or not found.activation.deliver(mail)
             ):
-                self._postbox.send(sender, bounce)
+                self._postbox.send(sender, _bounce_of(frame))
 
     # --- what the placement actor tells (system dispatcher) -------------------
 

@@ -167,14 +167,12 @@ class Outbox:
         seconds = self.ask_timeout if timeout is None else timeout
         deadline_ns = now_ns + max(0, round(seconds * 1e9))
         is_ask = future is not None
-        # Nobody waits for a tell: its time bounds only how long it is held.
-        handle_by_ns = deadline_ns if is_ask else 0
-        # Carried until it needs more: an `Outgoing`, once it is held or sent.
+        # Carried until it needs more: an `Outgoing`, once it is held.
         mail = Mail(
             payload,
             request_id,
             chain,
-            handle_by_ns,
+            deadline_ns if is_ask else 0,  # how long a tell is in a mailbox: as it is
             is_ask,
             self,
             number,
@@ -196,9 +194,7 @@ class Outbox:
                 mail.session = found.pid.session
                 if found.activation.deliver(mail):
                     return number
-                mail.session = None
-            if not self._deliver_here(mail, identity, now_ns):
-                self._dispatch(self._outgoing(mail, identity, deadline_ns), now_ns)
+            self._go(mail, identity, deadline_ns, now_ns)
         finally:
             lock.release()
         return number
@@ -206,7 +202,7 @@ class Outbox:
     def tell(self, identity: Identity, payload: Any, request_id: str) -> int:
         """Send `payload`, which has been checked and copied, without an answer.
 
-        The same as `send`, in fewer steps where the activation is on this node.
+        The same as `send`, in fewer steps.
         """
         number = self._take_number()
         mail = Mail(payload, request_id, (), 0, False, self, number, identity)
@@ -215,10 +211,30 @@ class Outbox:
             return number
         with self.lock:
             now_ns = self._now_ns()
-            if not self._deliver_here(mail, identity, now_ns):
-                deadline_ns = now_ns + round(self.ask_timeout * 1e9)
-                self._dispatch(self._outgoing(mail, identity, deadline_ns), now_ns)
+            deadline_ns = now_ns + round(self.ask_timeout * 1e9)
+            self._go(mail, identity, deadline_ns, now_ns)
         return number
+
+    def _go(
+        self, mail: Mail, identity: Identity, deadline_ns: int, now_ns: int
+    ) -> None:
+        """Give or send it to the activation that is known; else it is held."""
+        if not self._is_performing:
+            pid = self._deliveries.route(identity, now_ns)
+            if pid is not None:
+                mail.session = pid.session
+                try:
+                    is_sent = self._hand_over(pid, mail, deadline_ns, now_ns)
+                except BadMessage:
+                    is_sent = False  # said by whoever tries again
+                if is_sent:
+                    if pid.address == self._own:
+                        found = self._find(identity)
+                        if found is not None:
+                            found.is_straight = True
+                    return
+        mail.session = None
+        self._dispatch(self._outgoing(mail, identity, deadline_ns), now_ns)
 
     def _hold_begins(self, identity: Identity) -> None:
         found = self._find(identity)
@@ -228,26 +244,6 @@ class Outbox:
     def _nothing_is_straight(self) -> None:
         for each in self._registry.all():
             each.is_straight = False
-
-    def _deliver_here(self, mail: Mail, identity: Identity, now_ns: int) -> bool:
-        """Give it straight to the activation, where that is known to be on this node.
-
-        What `_dispatch` would do, in fewer steps; false: nothing was done.
-        """
-        if self._is_performing:
-            return False
-        pid = self._deliveries.route(identity, now_ns)
-        if pid is None or pid.address != self._own:
-            return False
-        found = self._registry.find(identity)
-        if found is None or found.pid.fencing_token != pid.fencing_token:
-            return False
-        mail.session = pid.session
-        if found.activation.deliver(mail):
-            found.is_straight = True
-            return True
-        mail.session = None
-        return False
 
     def _outgoing(self, mail: Mail, identity: Identity, deadline_ns: int) -> Outgoing:
         """A mail as a message of this node's, to be held or sent elsewhere."""
@@ -362,7 +358,7 @@ class Outbox:
                 return ()  # its time is over
             asked.session = pid.session
         try:
-            is_sent = self._hand_over(pid, message, content, now_ns)
+            is_sent = self._hand_over(pid, content, message.deadline_ns, now_ns)
         except BadMessage as error:
             return (FailMessage(message, Refusal.of(error)),)
         if is_sent:
@@ -372,26 +368,25 @@ class Outbox:
             asked.session = None
         return self._deliveries.bounced(pid, message, needs_mark=False, now_ns=now_ns)
 
-    def _hand_over(
-        self, pid: Pid, message: Outgoing, content: Mail, now_ns: int
-    ) -> bool:
+    def _hand_over(self, pid: Pid, mail: Mail, deadline_ns: int, now_ns: int) -> bool:
         """Give it to the activation; false where it is certain that it is not there."""
         if pid.address == self._own:
-            found = self._registry.find(pid.identity)
+            found = self._find(pid.identity)
             return (
                 found is not None
                 and found.pid.fencing_token == pid.fencing_token
-                and found.activation.deliver(content)
+                and found.activation.deliver(mail)
             )
+        number, is_ask = mail.number, mail.is_ask
         frame = Deliver(
             pid.identity,
             pid.fencing_token,
-            message.number if content.is_ask else 0,
-            content.payload,
-            content.request_id,
-            max(1, (message.deadline_ns - now_ns) // 1_000_000),
-            content.chain,
-            0 if content.is_ask else message.number,
+            number if is_ask else 0,
+            mail.payload,
+            mail.request_id,
+            max(1, (deadline_ns - now_ns) // 1_000_000),
+            mail.chain,
+            0 if is_ask else number,
         )
         return self._send_frame(pid.address, frame)
 
@@ -462,10 +457,13 @@ class Outbox:
                 asked = self._asked.get(frame.message_id)
                 if asked is None or asked.session is None:
                     return
-                message, session = asked.carried, asked.session
+                session = asked.session
                 if address_of(session) != sender:
                     return
                 asked.session = None
+                message = asked.carried
+                if not isinstance(message, Outgoing):
+                    message = self._outgoing(asked, identity, asked.deadline_ns)
             else:
                 deadline_ns = now_ns + frame.remaining_ms * 1_000_000
                 mail = Mail(

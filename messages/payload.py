@@ -120,6 +120,11 @@ def check(value: Any) -> None:
     Raises:
         BadMessage: it cannot be carried; the message names the place.
     """
+    kind = type(value)
+    if kind in _SCALARS or (
+        kind is dict and len(value) <= _FLAT_ITEMS and _is_flat(value)
+    ):
+        return
     copy(value)
 
 
