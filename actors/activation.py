@@ -252,11 +252,41 @@ def _as_it_travels(error: BaseException) -> PlacementError:
     return HandlerFailed(*describe(error))
 
 
+#: What has taken nothing; never changed.
+_NOTHING: list[Any] = []
+
+
 class GrainActivation:
     """One Grain: driven on its node's grain dispatcher."""
 
     #: Whether a handler may take long without awaiting anything.
     _may_block = False
+
+    # There may be a million of them.
+    __slots__ = (
+        "_gate",
+        "_grain",
+        "_has_begun",
+        "_host",
+        "_is_passivating",
+        "_is_reported",
+        "_is_scheduled",
+        "_is_sealed",
+        "_last_saved",
+        "_mailbox",
+        "_saves_failed",
+        "_start_chain",
+        "_state",
+        "_surface",
+        "_taken",
+        "_timers",
+        "_turn",
+        "context",
+        "guard",
+        "kind",
+        "pid",
+        "registered",
+    )
 
     def __init__(
         self,
@@ -274,9 +304,11 @@ class GrainActivation:
         self.guard = Latch(guard)
         self.kind = kind
         self._host = host
-        self._record = record
         self._start_chain = chain
-        self._mailbox: deque[Mail | _TimerMail] = deque()
+        # Whoever delivers appends to the first; turns take from the end of the second,
+        # which is the whole of the first, turned round. A deque takes 624 bytes.
+        self._mailbox: list[Mail | _TimerMail] = []
+        self._taken: list[Mail | _TimerMail] = _NOTHING
         self._is_scheduled = False
         self._state = "starting"
         self._is_sealed = False
@@ -284,7 +316,7 @@ class GrainActivation:
         self._gate = OutputGate(record.version, record.version)
         self._last_saved = record.snapshot
         self._saves_failed = 0
-        self._timers: dict[Timer, None] = {}
+        self._timers: dict[Timer, None] | None = None
         self._grain: Any = None
         self._surface: Surface | None = None
         self._is_passivating = False
@@ -304,7 +336,7 @@ class GrainActivation:
         if self._is_sealed:
             return False
         mailbox = self._mailbox
-        if len(mailbox) >= self.kind.inbox_max:
+        if len(mailbox) + len(self._taken) >= self.kind.inbox_max:
             mail.origin.failed(
                 mail, Overloaded(f"{self.pid.identity}: its inbox is full")
             )
@@ -325,14 +357,13 @@ class GrainActivation:
     def bounce_all(self) -> None:
         """Seal the mailbox and give back what is in it; the node's lock is held."""
         self._is_sealed = True
-        while self._mailbox:
-            mail = self._mailbox.popleft()
+        while (mail := self._take_mail()) is not None:
             if isinstance(mail, Mail):
                 mail.origin.bounced(mail, self.pid)
 
     def is_busy(self) -> bool:
         """Whether it has a turn under way, or a mail waits for one."""
-        return self._turn is not None or bool(self._mailbox)
+        return self._turn is not None or bool(self._mailbox or self._taken)
 
     def abandon(self) -> None:
         """A Grain has no thread of its own."""
@@ -410,7 +441,7 @@ class GrainActivation:
             self._begin()
             self._grain = grain = self._make()
             self._surface = self._surface_of(grain)
-            self._surface.load(grain, self._record.snapshot)
+            self._surface.load(grain, self._last_saved)
             result = grain.on_activate()
         except BaseException as error:  # user code may raise anything
             failure = error
@@ -424,9 +455,8 @@ class GrainActivation:
         for _ in range(TURNS_AT_ONCE):
             if self._turn is not None or self._state != "active":
                 return
-            try:
-                mail = self._mailbox.popleft()
-            except IndexError:
+            mail = self._take_mail()
+            if mail is None:
                 return
             if isinstance(mail, Mail):
                 self._handle(mail)
@@ -434,8 +464,24 @@ class GrainActivation:
                 self._fire(mail.timer)
         self._schedule()
 
+    def _take_mail(self) -> Mail | _TimerMail | None:
+        """Take what was delivered first of all that is there; one thread at a time."""
+        while True:
+            try:
+                return self._taken.pop()
+            except IndexError:  # also where another thread has sealed it just now
+                mailbox = self._mailbox
+                taken = mailbox[:]
+                if not taken:
+                    self._taken = _NOTHING
+                    return None
+                # What is appended meanwhile, by other threads, stays.
+                del mailbox[: len(taken)]
+                taken.reverse()
+                self._taken = taken
+
     def _schedule(self) -> None:
-        if self._mailbox and not self._is_scheduled:
+        if (self._mailbox or self._taken) and not self._is_scheduled:
             self._is_scheduled = True
             self._post(self._run)
 
@@ -453,7 +499,7 @@ class GrainActivation:
             mail.origin.failed(mail, Pending("its time was over before it was handled"))
             return
         if not self._enter(now_ns):
-            self._mailbox.appendleft(mail)
+            self._taken = [*self._taken, mail]
             self._lapse()
             if self._is_sealed:
                 host.seal(self)
@@ -499,7 +545,8 @@ class GrainActivation:
             self._returned(turn, result, failure)
 
     def _fire(self, timer: Timer) -> None:
-        if self._timers.pop(timer, 0) == 0 or timer.is_cancelled:
+        timers = self._timers
+        if timers is None or timers.pop(timer, 0) == 0 or timer.is_cancelled:
             return
         if not self._enter(self._host.now_ns()):
             self._lapse()
@@ -790,9 +837,9 @@ class GrainActivation:
             self._leave()
 
     def _end_timers(self) -> None:
-        for timer in tuple(self._timers):
+        for timer in tuple(self._timers or ()):
             timer.cancel()
-        self._timers.clear()
+        self._timers = None
 
     # --- output and saves ----------------------------------------------------
 
@@ -935,6 +982,8 @@ class GrainActivation:
         """Run `timer` as a turn of its own, in `seconds`."""
         if self._state in {"ending", "ended"}:
             return
+        if self._timers is None:
+            self._timers = {}
         self._timers[timer] = None
         timer.among = self._timers
         host = self._host
@@ -943,7 +992,7 @@ class GrainActivation:
         )
 
     def _timer_due(self, timer: Timer) -> None:
-        if timer in self._timers:
+        if self._timers is not None and timer in self._timers:
             self._mailbox.append(_TimerMail(timer))
             self._schedule()
 

@@ -5,7 +5,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Protocol
 
 from actors.future import BlockingInGrain, Future
-from actors.reference import Verbs
+from actors.reference import Sender, Verbs
 from placement.entry import Pid
 from placement.identity import Identity
 
@@ -88,11 +88,14 @@ class Surroundings(Protocol):
 class _ContextSender:
     """Sends as the activation does: behind its guard and its output gate."""
 
-    __slots__ = ("_around", "ask_timeout")
+    __slots__ = ("_around",)
 
     def __init__(self, around: Surroundings) -> None:
         self._around = around
-        self.ask_timeout = around.ask_timeout
+
+    @property
+    def ask_timeout(self) -> float:
+        return self._around.ask_timeout
 
     def ask(
         self,
@@ -122,11 +125,17 @@ class Context(Verbs):
     activation started, none if nothing was.
     """
 
+    __slots__ = ("_around", "_pid", "_snapshot")
+
     def __init__(self, around: Surroundings, pid: Pid, snapshot: bytes | None) -> None:
         self._around = around
-        self._sender = _ContextSender(around)
         self._pid = pid
         self._snapshot = snapshot
+
+    @property
+    def _sender(self) -> Sender:  # type: ignore[override]
+        # Made when it is used: most contexts of many never send.
+        return _ContextSender(self._around)
 
     @property
     def identity(self) -> Identity:

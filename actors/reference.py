@@ -38,7 +38,9 @@ def timeout_of(seconds: Any) -> float | None:
 class Sender(Protocol):
     """Who sends: a node, a cluster, or the context of an activation."""
 
-    ask_timeout: float
+    @property
+    def ask_timeout(self) -> float:
+        """Seconds that an ask waits unless it says otherwise."""
 
     def ask(
         self,
@@ -206,6 +208,8 @@ class Proxy:
 
 class Verbs:
     """What a cluster, a node and a context offer alike: refs, proxies, calls."""
+
+    __slots__ = ()
 
     _sender: Sender
 

@@ -128,6 +128,7 @@ class ThreadedActivation(GrainActivation):
         chain: tuple[str, ...] = (),
     ) -> None:
         self._lock = threading.RLock()
+        self._taking = threading.Lock()
         self._inbox = _InboxDispatcher(host.dispatcher)
         self._grains_host = host
         self._has_thread = False
@@ -339,6 +340,11 @@ class ThreadedActivation(GrainActivation):
     def _saved(self, request: Save, outcome: Saved | Stale | Failed) -> None:
         with self._lock:
             super()._saved(request, outcome)
+
+    def _take_mail(self) -> Any:
+        # Its own thread takes to handle, whoever seals it to give back.
+        with self._taking:
+            return super()._take_mail()
 
     # --- ending ---
 

@@ -119,7 +119,7 @@ class Wild(Grain):
             case ["after and cancel"]:
                 for _ in range(100):
                     self.context.after(3_600, lambda: None).cancel()
-                return len(self.context._around._timers)  # type: ignore[attr-defined]
+                return len(self.context._around._timers or ())  # type: ignore[attr-defined]
         return message
 
     @handler
