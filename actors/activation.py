@@ -420,7 +420,13 @@ class GrainActivation:
         self._host.current = None
 
     def _over(self) -> None:
-        """It has ended; nothing of it is needed any more."""
+        """It has ended; nothing of it is needed any more.
+
+        What leads back to itself is let go, or all that ever ended would wait for
+        the collector, which is slow where a million live.
+        """
+        self._grain = self._surface = self.registered = None
+        del self.context
 
     def _begin(self) -> None:
         """Say once that user code is about to be entered."""

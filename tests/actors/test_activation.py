@@ -1,5 +1,7 @@
 import asyncio
+import gc
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -23,6 +25,7 @@ from placement.errors import (
     StoreFailed,
     describe,
 )
+from placement.identity import Identity
 from tests.actors.test_cluster import FAST
 from tests.waiting import eventually
 
@@ -503,3 +506,31 @@ def test_a_subscriber_that_raises_what_is_no_exception_goes_on(
         node.ref("wild/2").ask(1)
         eventually(lambda: sum(each.name == "Activated" for each in seen) == 2)
     assert node.ref("wild/3").ask(1) == 1
+
+
+@pytest.mark.parametrize("how", ["passivates", "lapses"])
+def test_what_has_ended_is_freed_without_the_collector(how: str) -> None:
+    class Freed(Grain):
+        def on_activate(self) -> None:
+            alive.append(weakref.ref(self))
+
+        def on_receive(self, message: Any) -> Any:
+            if how == "passivates":
+                self.context.passivate()
+            return message
+
+    alive: list[weakref.ref[Freed]] = []
+    with PlacementNode("n", kinds={"freed": Freed}, **FAST) as node:
+        node.start_member()
+        gc.collect()
+        gc.disable()
+        try:
+            assert node.ref("freed/1").ask(1) == 1
+            if how == "lapses":
+                registered = node._registry.find(Identity("freed", "1"))
+                assert registered is not None
+                registered.activation.stop(lapsed=True)
+                del registered
+            eventually(lambda: alive[0]() is None)
+        finally:
+            gc.enable()
