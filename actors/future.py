@@ -1,7 +1,10 @@
 """Futures that wait without polling, and that both kinds of `await` understand."""
 
 import threading
+import weakref
+from collections import deque
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from threading import TIMEOUT_MAX
 from typing import TYPE_CHECKING, Any
 
@@ -145,19 +148,8 @@ class Future(pykka.Future[Any]):
         if self._get_hook is not None:
             hooked = yield from loop.run_in_executor(None, self.get).__await__()
             return hooked
-        arrived = loop.create_future()
-
-        def arrive() -> None:
-            if not arrived.done():
-                arrived.set_result(None)
-
-        def wake(_: Future) -> None:
-            try:
-                loop.call_soon_threadsafe(arrive)
-            except RuntimeError:
-                return  # the loop is closed: nobody waits any more
-
-        self.on_done(wake)
+        arrived, bell = loop.create_future(), _bell_of(loop)
+        self.on_done(lambda _: bell.ring_for(arrived))
         yield from arrived.__await__()
         return self.get(timeout=0)
 
@@ -168,6 +160,56 @@ def _has_loop() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+class _Bell:
+    """Wakes an event loop for answers from other threads: once for many."""
+
+    def __init__(self, loop: "asyncio.AbstractEventLoop") -> None:
+        self._loop = weakref.ref(loop)
+        self._arrived: deque[asyncio.Future[None]] = deque()
+        self._is_rung = False
+
+    def is_of(self, loop: "asyncio.AbstractEventLoop") -> bool:
+        """Whether it wakes `loop`."""
+        return self._loop() is loop
+
+    def ring_for(self, arrived: "asyncio.Future[None]") -> None:
+        """Have `arrived` be done in the loop; from any thread."""
+        self._arrived.append(arrived)
+        if self._is_rung:
+            return
+        self._is_rung = True
+        loop = self._loop()
+        if loop is not None:
+            # A loop that is closed: nobody waits any more.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._let_in)
+
+    def _let_in(self) -> None:
+        # First the flag, then the look: what comes in between rings once more.
+        self._is_rung = False
+        while self._arrived:
+            arrived = self._arrived.popleft()
+            if not arrived.done():
+                arrived.set_result(None)
+
+
+class _OfThread(threading.local):
+    """The bell of the loop that ran last on this thread."""
+
+    bell: _Bell | None = None
+
+
+_of_thread = _OfThread()
+
+
+def _bell_of(loop: "asyncio.AbstractEventLoop") -> _Bell:
+    """The bell of `loop`, which runs on this thread."""
+    bell = _of_thread.bell
+    if bell is None or not bell.is_of(loop):
+        bell = _of_thread.bell = _Bell(loop)
+    return bell
 
 
 def _running_loop() -> "asyncio.AbstractEventLoop":
