@@ -27,6 +27,7 @@ from scripts.benchmarks.report import (
     write_floors,
 )
 from scripts.benchmarks.soak import soak
+from scripts.benchmarks.steps import steps, table_of_steps
 
 _SOAK_MAX = 10_000.0
 
@@ -72,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
         default=1_000_000,
         metavar="N",
         help="how many Grains a soak has (1,000,000)",
+    )
+    add(
+        "--steps",
+        action="store_true",
+        help="instead: what each step of a way takes, in nanoseconds",
     )
     add("--write-floors", action="store_true", help="set the floors from this run")
     return parser
@@ -148,6 +154,20 @@ def soaked(minutes: float, grains: int, json_to: str | None) -> int:
     return 1 if found.broken() else 0
 
 
+def stepped(json_to: str | None) -> int:
+    """Measure the steps, and print what each takes; the exit code."""
+    with _progress("steps") as say:
+        found = []
+        for step in steps():
+            say(f"{step.way}: {step.name}")
+            found.append(step)
+    if json_to is not None:
+        _put(json.dumps([step._asdict() for step in found], indent=1), json_to)
+    if json_to != "-":
+        Console(width=None if sys.stdout.isatty() else 100).print(table_of_steps(found))
+    return 0
+
+
 def _put(text: str, where: str) -> None:
     """Write into the file, or on standard output."""
     if where == "-":
@@ -188,6 +208,8 @@ def main(
         if not 0 < options.soak < _SOAK_MAX or options.grains < 1:
             parser.error("a soak takes minutes above 0, and a Grain at least")
         return soaked(options.soak, options.grains, options.json)
+    if options.steps:
+        return stepped(options.json)
     if options.list:
         for each in wanted:
             print(f"{each.name:32} against {each.against}")

@@ -7,6 +7,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+import scripts.benchmarks.steps as steps_module
 from scripts.bench import main
 from scripts.benchmarks.catalogue import BENCHMARKS, Benchmark, most, rate, ratio
 from scripts.benchmarks.curves import Point
@@ -245,6 +246,22 @@ def test_a_soak_counts_what_it_did_and_judges_that() -> None:
     assert found.calm_asks + found.asks > found.ended
     worse = replace(found, memory_off=0.04, calm_999_ms=51.0, failed=1)
     assert len(worse.broken()) == 3
+
+
+def test_steps_are_told_each_with_its_way(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("_ROUNDS", 1), ("_TIMES", 10), ("_WAYS", 100)):
+        monkeypatch.setattr(steps_module, name, value)
+
+    assert main(["--steps", "--json"]) == 0
+
+    found = [steps_module.Step(**each) for each in json.loads(capsys.readouterr().out)]
+    ways = dict.fromkeys(step.way for step in found)
+    wholes = [step.way for step in found if step.name == steps_module.WHOLE]
+    assert wholes == list(ways)
+    assert all(step.ns > 0 for step in found if step.name == steps_module.WHOLE)
+    assert "encode a frame" in str(steps_module.table_of_steps(found).columns[1]._cells)
 
 
 def test_a_percentile_is_one_of_the_values() -> None:
