@@ -20,10 +20,10 @@ from messages.codec import Codec
 from messages.frames import Answer, Deliver
 from scripts.benchmarks.measure import Effort, Measurement, Work, pair, placed
 from scripts.benchmarks.peers import (
+    TOLD,
     WAIT_S,
     BareLoop,
     PooledInbox,
-    RawEcho,
     Waker,
     raw_echo,
 )
@@ -41,7 +41,6 @@ WARM_UPS = 10
 class Echo(Grain):
     """Answers with the message."""
 
-    told_count = 0
     done = threading.Event()
 
     def on_receive(self, message: Any) -> Any:
@@ -49,7 +48,7 @@ class Echo(Grain):
         if message == "done":
             Echo.done.set()
             return None
-        Echo.told_count += 1
+        TOLD.count += 1
         return message
 
 
@@ -96,28 +95,28 @@ def tells_of(ref: Ref) -> Work:
 
     def perform(count: int) -> None:
         Echo.done.clear()
-        Echo.told_count = 0
+        TOLD.count = 0
         for _ in range(count):
             ref.tell(message)
         ref.tell("done")
         assert Echo.done.wait(WAIT_S)
-        assert Echo.told_count == count
+        assert TOLD.count == count
 
     return Work(perform, TELLS)
 
 
-def raw_tells_of(ref: Any, counter: Any) -> Work:
-    """The same of a peer that counts in `told_count`."""
+def raw_tells_of(ref: Any) -> Work:
+    """The same of a peer."""
     message = {"n": 1}
 
     def perform(count: int) -> None:
         done = threading.Event()
-        counter.told_count = 0
+        TOLD.count = 0
         for _ in range(count):
             ref.tell(message)
         ref.tell(done)
         assert done.wait(WAIT_S)
-        assert counter.told_count == count
+        assert TOLD.count == count
 
     return Work(perform, TELLS)
 
@@ -125,13 +124,13 @@ def raw_tells_of(ref: Any, counter: Any) -> Work:
 def tell_pykka(effort: Effort, *, is_pinned: bool) -> Measurement:
     """A tell to a local Grain, and one of raw pykka."""
     with placed(is_pinned=is_pinned), node_here() as node, raw_echo() as raw:
-        return pair(tells_of(node.ref("echo/1")), raw_tells_of(raw, RawEcho), effort)
+        return pair(tells_of(node.ref("echo/1")), raw_tells_of(raw), effort)
 
 
 def tell_inbox(effort: Effort, *, is_pinned: bool) -> Measurement:
     """A tell to a local Grain, and one into a bare inbox on a shared thread."""
     with placed(is_pinned=is_pinned), node_here() as node, PooledInbox() as inbox:
-        return pair(tells_of(node.ref("echo/1")), raw_tells_of(inbox, inbox), effort)
+        return pair(tells_of(node.ref("echo/1")), raw_tells_of(inbox), effort)
 
 
 def remote_refs(cluster: Cluster, count: int) -> list[Ref]:
@@ -156,7 +155,7 @@ def two_nodes(count: int) -> Iterator[list[Ref]]:
 def tell_remote(effort: Effort) -> Measurement:
     """A tell to another node as bytes, and one into a bare inbox."""
     with two_nodes(1) as refs, PooledInbox() as inbox:
-        return pair(tells_of(refs[0]), raw_tells_of(inbox, inbox), effort)
+        return pair(tells_of(refs[0]), raw_tells_of(inbox), effort)
 
 
 # --- many in flight ---

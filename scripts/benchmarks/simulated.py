@@ -8,6 +8,7 @@ from actors.simulation import SimulatedCluster
 from messages.codec import Codec
 from messages.frames import Deliver
 from scripts.benchmarks.measure import Effort, Measurement, Work, pair, placed
+from scripts.benchmarks.peers import TOLD
 
 _GRAINS = 200
 _ASKS = 1_000
@@ -16,11 +17,9 @@ _ASKS = 1_000
 class Counted(Grain):
     """Counts what it has handled."""
 
-    handled_count = 0
-
     def on_receive(self, message: Any) -> Any:
         """Answer, and count."""
-        Counted.handled_count += 1
+        TOLD.count += 1
         return message
 
 
@@ -51,7 +50,7 @@ def _bursts(cluster: SimulatedCluster, refs: list[Any]) -> Any:
     network = cluster.shared.network
 
     def burst() -> int:
-        before = Counted.handled_count + network.frame_count
+        before = TOLD.count + network.frame_count
         futures = [
             refs[number % _GRAINS].ask({"n": number}, block=False)
             for number in range(_ASKS)
@@ -61,7 +60,7 @@ def _bursts(cluster: SimulatedCluster, refs: list[Any]) -> Any:
             cluster.advance(0.001)
         for number, future in enumerate(futures):
             assert future.get(timeout=0) == {"n": number}
-        return Counted.handled_count + network.frame_count - before
+        return TOLD.count + network.frame_count - before
 
     return burst
 
