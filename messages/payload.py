@@ -18,8 +18,8 @@ INT_MIN, INT_MAX = -(1 << 63), (1 << 63) - 1
 # What msgpack writes as one byte, and as five at most.
 _SMALL_INT_MIN, _SMALL_INT_END, _HALF = -32, 128, 1 << 31
 _SMALL_TEXT = 32
-# A dict with so few items, each a scalar or a text of this length at most, is far
-# below every bound.
+# A dict with so few items, each a scalar, a text of this length at most, or such a dict
+# without another in it, is below every bound.
 _FLAT_ITEMS, _FLAT_TEXT = 16, 1_024
 
 _SCALARS = frozenset({type(None), bool, float})
@@ -37,12 +37,16 @@ def copy(value: Any) -> Any:
         BadMessage: it cannot be carried; the message names the place.
     """
     kind = type(value)
-    if kind in _SCALARS:
+    if kind is dict:
+        if len(value) <= _FLAT_ITEMS:
+            flat = _flat_copy(value)
+            if flat is not None:
+                return flat
+    elif kind is str:
+        if len(value) <= _FLAT_TEXT and value.isascii():
+            return value
+    elif kind in _SCALARS or (kind is int and INT_MIN <= value <= INT_MAX):
         return value
-    if kind is int and INT_MIN <= value <= INT_MAX:
-        return value
-    if kind is dict and len(value) <= _FLAT_ITEMS and _is_flat(value):
-        return value.copy()
     try:
         copied, size = _copy(value, 0)
     except _Misfit as misfit:
@@ -52,21 +56,32 @@ def copy(value: Any) -> Any:
     return copied
 
 
-def _is_flat(value: dict[Any, Any]) -> bool:
-    """Whether a small dict can be carried as it is: the usual message."""
+def _flat_copy(
+    value: dict[Any, Any], *, is_inner: bool = False
+) -> dict[Any, Any] | None:
+    """A copy of a small dict of scalars, or of such dicts: the usual message, a call.
+
+    None: it is another, and has to be looked at in full.
+    """
+    copied = value.copy()
     for key, item in value.items():
         if type(key) is not str or len(key) > _FLAT_TEXT or not key.isascii():
-            return False
+            return None
         kind = type(item)
         if kind is int:
             if not INT_MIN <= item <= INT_MAX:
-                return False
+                return None
         elif kind is str:
             if len(item) > _FLAT_TEXT or not item.isascii():
-                return False
+                return None
+        elif kind is dict and len(item) <= _FLAT_ITEMS and not is_inner:
+            inner = _flat_copy(item, is_inner=True)
+            if inner is None:
+                return None
+            copied[key] = inner
         elif kind not in _SCALARS:
-            return False
-    return True
+            return None
+    return copied
 
 
 def request_id_of(value: Any) -> str:
@@ -120,11 +135,6 @@ def check(value: Any) -> None:
     Raises:
         BadMessage: it cannot be carried; the message names the place.
     """
-    kind = type(value)
-    if kind in _SCALARS or (
-        kind is dict and len(value) <= _FLAT_ITEMS and _is_flat(value)
-    ):
-        return
     copy(value)
 
 
