@@ -17,7 +17,7 @@ import ssl
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -119,8 +119,9 @@ class _Wanted:
 class NatsConnection:
     """A connection to NATS that heals by itself; all methods are for any thread.
 
-    Callbacks are called on its thread and return at once. No method but `open`,
-    `subscribe` and `close` waits, and each of these only within its time.
+    Callbacks are called on its thread and return at once. `publish`, `submit` and
+    `unsubscribe` wait for nothing; `open`, `call`, `subscribe`, `flush` and `close` do,
+    each only within its time, and so not on that thread.
     """
 
     def __init__(
@@ -203,9 +204,7 @@ class NatsConnection:
         """
         client = self._client
         if client is None or not client.is_connected:
-            raise NatsLost(
-                f"NATS {self.url}: there is no connection", may_have_happened=False
-            )
+            raise self._is_not_there()
         return client
 
     def listen(self, listener: Callable[[ConnectionEvent], None]) -> None:
@@ -233,11 +232,19 @@ class NatsConnection:
             except NatsLost as error:
                 done.set_exception(error)
                 return
-            task = self._loop.create_task(self._perform(work, client, timeout_s, done))
-            self._tasks[task] = None
-            task.add_done_callback(lambda each: self._tasks.pop(each, None))
+            task = self._begin(self._perform(work, client, timeout_s, done))
+            task.add_done_callback(ended)
 
-        if not self._soon(begin):
+        def ended(_: object) -> None:
+            # A task that is ended before its first step says nothing itself.
+            if not done.done():
+                with suppress(InvalidStateError):
+                    done.set_exception(self._is_not_there())
+
+        # Under the lock: what is posted before the end is posted hears of it.
+        with self._lock:
+            is_posted = not self._is_closing and self._soon(begin)
+        if not is_posted:
             done.set_exception(self._is_closed())
         return done
 
@@ -278,7 +285,7 @@ class NatsConnection:
                 return True
             self._is_draining = True
         # One wake-up for all that is handed over until the loop has come to it.
-        return self._soon(self._begin_draining)
+        return self._soon(lambda: self._begin(self._drain()))
 
     def subscribe(
         self,
@@ -355,8 +362,7 @@ class NatsConnection:
             if left:
                 loop.run_until_complete(asyncio.wait(left, timeout=0.5))
             loop.run_until_complete(loop.shutdown_asyncgens())
-            with self._lock:
-                loop.close()
+            loop.close()
 
     def _soon(self, turn: Callable[[], object]) -> bool:
         """Run `turn` on the loop's thread; false where that has ended."""
@@ -369,9 +375,21 @@ class NatsConnection:
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
         return self._loop.create_task(work)
 
+    def _begin(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
+        """Have `work` done, until the connection is lost."""
+        task = self._spawn(work)
+        self._tasks[task] = None
+        task.add_done_callback(lambda each: self._tasks.pop(each, None))
+        return task
+
     def _is_closed(self) -> NatsLost:
         return NatsLost(
             f"NATS {self.url}: the connection has been closed", may_have_happened=False
+        )
+
+    def _is_not_there(self) -> NatsLost:
+        return NatsLost(
+            f"NATS {self.url}: there is no connection", may_have_happened=False
         )
 
     def _wait(
@@ -511,6 +529,8 @@ class NatsConnection:
             self._client = None
             lost, self._outbound_bytes = len(self._outbound), 0
             self._outbound.clear()
+            # Here, since a task that is ended before its first step says nothing.
+            self._is_draining = False
         why = client.last_error
         for task in tuple(self._tasks):
             task.cancel()
@@ -578,11 +598,6 @@ class NatsConnection:
     def _say_full(self) -> None:
         self._tell("OutboundFull", f"{self._outbound_bytes_max} bytes wait already")
 
-    def _begin_draining(self) -> None:
-        task = self._spawn(self._drain())
-        self._tasks[task] = None
-        task.add_done_callback(lambda each: self._tasks.pop(each, None))
-
     async def _drain(self) -> None:
         """Publish all that waits, frames of one subject together."""
         async with self._drain_lock:
@@ -599,12 +614,13 @@ class NatsConnection:
                     left = len(waiting)
                     await self._publish_all(client, waiting)
                     left = 0
+                    size = sum(len(data) for _, data in waiting)
                     with self._lock:
-                        size = sum(len(data) for _, data in waiting)
-                        self._outbound_bytes = max(0, self._outbound_bytes - size)
+                        # Else what waits now is of the next connection.
+                        if client is self._client:
+                            self._outbound_bytes -= size
             except asyncio.CancelledError:
                 with self._lock:
-                    self._is_draining = False
                     self.counts["frames lost with their connection"] += left
                 raise
 
