@@ -181,7 +181,9 @@ class ThreadEngine:
             ThreadDispatcher("placement-entries", self.clock),
             ThreadDispatcher("placement-sessions", self.clock),
         )
-        turnstile = Turnstile()
+        # Where two connections write at once nobody has to wait for the other.
+        has_one_writer = getattr(store, "has_one_writer", False)
+        turnstile = Turnstile() if has_one_writer else None
         self.entries: pykka.ActorRef[Any] = StoreActor.start(
             self.store.another(), dispatcher=self._lanes[0], turnstile=turnstile
         )

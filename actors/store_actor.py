@@ -1,7 +1,7 @@
 """The store actor: performs what waits as one transaction (group commit).
 
 Sessions have an actor and a connection of their own, so that a renewal never
-waits behind other effects.
+waits behind other effects: but for the batch under way, in a store of one writer.
 """
 
 import threading

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 from weakref import WeakValueDictionary
 
 from actors.store_memory import BadStore, RecordStore, Row, wall_ms
@@ -346,6 +347,8 @@ class SqliteStore(RecordStore):
         BadStore: the file is not a store, or cannot become one.
         StoreFailure: it is locked.
     """
+
+    has_one_writer: ClassVar[bool] = True
 
     def __init__(
         self, url: str, file: SqliteFile, *, now_ms: Callable[[], int] = wall_ms

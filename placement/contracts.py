@@ -316,6 +316,9 @@ class Store(PlacementLock, ActivationStorage, SessionStorage, Protocol):
     Used from one thread at a time. `another` gives an independent connection to
     the same store (a memory store shares its contents), so that a renewal waits
     behind nothing else.
+
+    A store in which one connection writes at a time may have the attribute
+    `has_one_writer`, as true: an engine then keeps entries back for a renewal.
     """
 
     @property

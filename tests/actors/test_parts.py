@@ -2,6 +2,8 @@ import io
 import logging
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import pykka
@@ -18,7 +20,7 @@ from actors.lookup import PartitionIdentityLookup, PartitionIdentityLookupConfig
 from actors.node import PlacementNode
 from actors.outbox import Outbox
 from actors.postbox import DEPARTED_MAX, Postbox
-from actors.store_actor import Perform, StoreActor
+from actors.store_actor import Perform, StoreActor, Turnstile
 from actors.store_memory import MemoryStore
 from actors.transport import InProcessTransport
 from actors.witness import ActivationWitness
@@ -29,6 +31,7 @@ from placement.contracts import (
     Acquired,
     Claim,
     Failed,
+    Load,
     LockRefused,
     Save,
     Saved,
@@ -409,6 +412,43 @@ def test_an_engine_over_a_store_that_hangs_is_closed_within_a_time(
 
     assert time.monotonic() - began_s < 5
     gate.set()
+
+
+@pytest.mark.parametrize("has_one_writer", [False, True])
+def test_a_session_waits_for_entries_only_where_a_store_has_one_writer(
+    monkeypatch: pytest.MonkeyPatch, *, has_one_writer: bool
+) -> None:
+    turnstile = Turnstile()
+    monkeypatch.setattr("actors.engine.Turnstile", lambda: turnstile)
+    gate, inside = threading.Event(), threading.Event()
+    answered: list[str] = []
+
+    class Slow(MemoryStore):
+        @contextmanager
+        def transaction(self) -> Iterator[None]:
+            inside.set()
+            gate.wait(60)
+            with super().transaction():
+                yield
+
+    store = Slow()
+    store.has_one_writer = has_one_writer  # type: ignore[attr-defined]
+    engine = EmbeddedEngine(store)
+
+    def reply(request: Any, _: Any) -> None:
+        answered.append(type(request).__name__)
+
+    engine.entries.tell(Perform(Load(ONE), reply, engine.system))
+    assert inside.wait(30)
+    engine.sessions.tell(Perform(ReadSessions(), reply, engine.system))
+    if has_one_writer:
+        eventually(lambda: turnstile._urgent_count == 1)
+        assert not answered
+    else:
+        eventually(lambda: answered == ["ReadSessions"])
+    gate.set()
+    eventually(lambda: len(answered) == 2)
+    engine.close()
 
 
 # --- transport and postbox ---
