@@ -11,7 +11,6 @@ Members listen to both; a client listens to what nodes say to it.
 
 import re
 import threading
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,8 @@ __all__ = ["NatsTransport", "subject_of", "token_of"]
 
 #: What waits for the dispatcher, in bytes of frames; more is dropped and counted.
 INBOUND_BYTES_MAX = 64 << 20
-#: And of one client, in frames: no flood of its own keeps a node from renewing.
+#: And of one client, in frames: no flood of its own keeps a node from renewing. Of the
+#: bytes one client may have a quarter, and all of them a half: the rest is for nodes.
 CLIENT_FRAMES_MAX = 8_192
 _REMEMBERED_MAX = 10_000
 _PLAIN = re.compile(rb"[^A-Za-z0-9_-]")
@@ -72,6 +72,14 @@ def _tokens_of(address: Address) -> str:
     return f"{token_of(name)}.{token_of(boot)}"
 
 
+@dataclass(slots=True)
+class _Waiting:
+    """What of one client waits for the dispatcher."""
+
+    count: int = 0
+    size: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class _Attached:
     """A node of this process on the wire."""
@@ -108,7 +116,8 @@ class NatsTransport:
         self._origins: dict[str, Origin] = {}
         self._lock = threading.Lock()
         self._inbound_bytes = 0
-        self._of_clients: Counter[str] = Counter()
+        self._client_bytes = 0
+        self._of_clients: dict[str, _Waiting] = {}
         connection.listen(self._noticed)
 
     @property
@@ -196,14 +205,23 @@ class NatsTransport:
 
     def _take_in(self, origin: Origin, size: int, count: int) -> str:
         """Count what waits; or say why that is too much."""
-        client = "" if origin.is_node else node_of(origin.address)
         with self._lock:
-            if self._inbound_bytes + size > self._inbound_bytes_max:
-                return f"{self._inbound_bytes_max} bytes of frames wait already"
-            if client:
-                if self._of_clients[client] + count > CLIENT_FRAMES_MAX:
+            limit = self._inbound_bytes_max
+            if self._inbound_bytes + size > limit:
+                return f"{limit} bytes of frames wait already"
+            if not origin.is_node:
+                client = node_of(origin.address)
+                waiting = self._of_clients.get(client) or _Waiting()
+                if waiting.count + count > CLIENT_FRAMES_MAX:
                     return f"{CLIENT_FRAMES_MAX} frames of {client} wait already"
-                self._of_clients[client] += count
+                if waiting.size + size > limit // 4:
+                    return f"{limit // 4} bytes of frames of {client} wait already"
+                if self._client_bytes + size > limit // 2:
+                    return f"{limit // 2} bytes of frames of clients wait already"
+                waiting.count += count
+                waiting.size += size
+                self._of_clients[client] = waiting
+                self._client_bytes += size
             self._inbound_bytes += size
         return ""
 
@@ -224,9 +242,12 @@ class NatsTransport:
             self._inbound_bytes -= size
             if not origin.is_node:
                 client = node_of(origin.address)
-                self._of_clients[client] -= count
-                if not self._of_clients[client]:
+                waiting = self._of_clients[client]
+                waiting.count -= count
+                waiting.size -= size
+                if not waiting.count:
                     del self._of_clients[client]
+                self._client_bytes -= size
 
     def _origin(self, subject: str) -> Origin:
         tokens = subject.split(".")

@@ -125,7 +125,7 @@ def test_small_frames_that_wait_together_are_one_message(server: NatsServer) -> 
     with processes(2, server.url) as (here, there):
         sender, _ = here.box(A), there.box(B)
         hold = threading.Event()
-        here.connection._soon(lambda: hold.wait(10))
+        here.connection._soon(lambda: hold.wait(60))
         for number in range(100):
             assert sender.send(B, Marked("k/x", 1, number))
         messages = here.connection.client.stats["out_msgs"]
@@ -252,7 +252,7 @@ def test_what_does_not_wait_here_any_more_is_dropped_and_said(
         here.box(A)
         sender = there.box(B)
         hold = threading.Event()
-        here.dispatcher.post(hold.wait, 10)
+        here.dispatcher.post(hold.wait, 60)
         for _ in range(100):
             assert sender.send(A, Marked("k/" + "x" * 50, 1, 1))
             there.connection.flush()
@@ -275,7 +275,7 @@ def test_one_client_makes_no_node_stop_listening_to_others(
         loud, node = there.box(C, is_member=False), other.box(B)
         quiet = there.box(Address("quiet.4"), is_member=False)
         hold = threading.Event()
-        here.dispatcher.post(hold.wait, 10)
+        here.dispatcher.post(hold.wait, 60)
         for number in range(30):
             assert loud.send(A, Mark("k/x", 1, number))
             there.connection.flush()
@@ -287,6 +287,45 @@ def test_one_client_makes_no_node_stop_listening_to_others(
         hold.set()
         eventually(lambda: len(here.got) == 12)
         assert "frames of client wait already" in here.happened[0].reason
+        assert here.transport._of_clients == {}
+
+
+def test_large_frames_of_clients_leave_room_for_those_of_nodes(
+    server: NatsServer,
+) -> None:
+    with (
+        processes(1, server.url, inbound_bytes_max=8_000) as (here,),
+        processes(2, server.url) as (there, other),
+    ):
+        own = here.box(A)
+        node = other.box(B)
+        loud = [
+            there.box(Address(f"{name}.1"), is_member=False)
+            for name in ("one", "two", "three")
+        ]
+        hold = threading.Event()
+        here.dispatcher.post(hold.wait, 60)
+        for client in loud:
+            for number in range(10):
+                assert client.send(A, Mark("k/" + "x" * 440, 1, number))
+                there.connection.flush()
+        # Of the first two a quarter each; nothing is left to the third.
+        eventually(lambda: here.names().count("FramesDropped") == 30 - 8)
+        assert own.send(A, LoopBack(1))
+        assert node.send(A, HINT)
+        here.connection.flush()
+        other.connection.flush()
+        hold.set()
+        eventually(lambda: {(A, LoopBack(1)), (B, HINT)} <= set(here.got))
+        eventually(lambda: here.transport._inbound_bytes == 0)
+        assert {sender for sender, _ in here.got} == {A, B, "one.1", "two.1"}
+        reasons = {each.reason for each in here.happened}
+        assert reasons == {
+            "2000 bytes of frames of one wait already",
+            "2000 bytes of frames of two wait already",
+            "4000 bytes of frames of clients wait already",
+        }
+        assert here.transport._client_bytes == 0
         assert here.transport._of_clients == {}
 
 
