@@ -1,5 +1,6 @@
 """Clients, as a node bears them: so much that is not answered yet, and no more."""
 
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ NAMES_MAX = 1_000
 #: A client that speaks of a newer epoch is believed this often.
 BELIEVED_EVERY_NS = 100_000_000
 
+#: What it has given up by itself is looked for this often: that is a walk over all.
+FORGET_EVERY_NS = 100_000_000
+
 _Key = tuple[Address, bool, int]
 
 
@@ -43,6 +47,9 @@ class _Client:
     asked: dict[_Key, tuple[int, int]] = field(default_factory=dict)
     resolutions: int = 0
     size: int = 0
+    #: Before this nothing of it is over, and nothing is looked for.
+    first_until_ns: float = math.inf
+    forget_after_ns: float = -math.inf
 
     def has_room(self, key: _Key, size: int) -> bool:
         """Whether so much may be added."""
@@ -54,6 +61,7 @@ class _Client:
         """It waits for one answer more."""
         self.remove(key)
         self.asked[key] = (until_ns, size)
+        self.first_until_ns = min(self.first_until_ns, until_ns)
         self.size += size
         self.resolutions += key[1]
 
@@ -66,10 +74,16 @@ class _Client:
 
     def forget(self, now_ns: int) -> None:
         """It has given up by itself what should have been answered by now."""
+        if now_ns < self.first_until_ns or now_ns < self.forget_after_ns:
+            return
         for key in [
             key for key, (until_ns, _) in self.asked.items() if until_ns <= now_ns
         ]:
             self.remove(key)
+        self.first_until_ns = min(
+            (until_ns for until_ns, _ in self.asked.values()), default=math.inf
+        )
+        self.forget_after_ns = now_ns + FORGET_EVERY_NS
 
 
 class Clients:

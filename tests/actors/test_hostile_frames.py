@@ -13,6 +13,7 @@ from actors import Grain
 from actors.clients import (
     BELIEVED_EVERY_NS,
     BYTES_MAX,
+    FORGET_EVERY_NS,
     NAMES_MAX,
     REQUESTS_MAX,
     RESOLUTIONS_MAX,
@@ -295,6 +296,38 @@ def test_one_client_waits_for_so_many_answers_and_no_other_suffers() -> None:
     # What was never answered is over with its own time.
     assert refused(ALICE, deliver(1), 999_999_999) is not None
     assert refused(ALICE, deliver(1), 1_000_000_000) is None
+
+
+def test_what_is_refused_to_a_client_is_no_walk_over_all_that_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(clients_module, "REQUESTS_MAX", 3)
+    walks = 0
+
+    class Walked(dict[Any, Any]):
+        def items(self) -> Any:
+            nonlocal walks
+            walks += 1
+            return super().items()
+
+    clients = Clients(lambda: 5)
+    # Each of these is over at another time.
+    for number, now_ns in ((1, 0), (2, 1), (3, 2)):
+        assert clients.refuse(ALICE, deliver(number), size=1, now_ns=now_ns) is None
+    clients._clients["alice"].asked = Walked(clients._clients["alice"].asked)
+
+    def refused_at(now_ns: int) -> bool:
+        return clients.refuse(ALICE, deliver(9), size=1, now_ns=now_ns) is not None
+
+    second = 1_000_000_000
+    assert all(refused_at(now_ns) for now_ns in (3, 4, second - 1))
+    assert walks == 0
+    assert not refused_at(second)
+    assert clients.refuse(ALICE, deliver(10), size=1, now_ns=second + 1) is not None
+    assert walks == 1
+    later = second + FORGET_EVERY_NS
+    assert clients.refuse(ALICE, deliver(10), size=1, now_ns=later) is None
+    assert walks == 2
 
 
 def test_one_client_has_so_many_resolutions_at_once() -> None:
