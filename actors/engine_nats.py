@@ -12,6 +12,13 @@ import msgspec
 
 from actors.engine import Settings, ThreadEngine
 from actors.engine_url import BadEngine
+from actors.nats_bucket import (
+    NO_PEERS,
+    NO_REPLICAS,
+    OFF,
+    REPLICAS_IN_A_CLUSTER,
+    STREAM_EXISTS,
+)
 from actors.nats_connection import (
     ConnectionEvent,
     NatsConnection,
@@ -36,10 +43,6 @@ if TYPE_CHECKING:
 
 BUCKET = "placement_clusters"
 _AGREE_S, _ANSWER_S, _PAUSE_S = 20.0, 2.0, 0.1
-_REPLICAS_IN_A_CLUSTER = 3
-_NO_REPLICAS_HERE = (10074, 10005)
-_OFF = (10039, 10076)
-_IN_USE = 10058
 _CLOSE_S = 10.0
 
 
@@ -185,7 +188,7 @@ def agree(
                 refused=refused,
                 adopts=adopts,
             ),
-            timeout_s=_AGREE_S,
+            timeout_s=_AGREE_S + _ANSWER_S,
         )
     finally:
         connection.unlisten(noticed)
@@ -211,6 +214,8 @@ async def _agree(
     import nats.js.errors  # noqa: PLC0415
 
     js = client.jetstream(timeout=_ANSWER_S)
+    loop = asyncio.get_running_loop()
+    until_s = loop.time() + _AGREE_S
     while True:
         try:
             return await _look(js, url, ours, adopts=adopts)
@@ -218,12 +223,16 @@ async def _agree(
             if refused:
                 raise NatsRefused(f"NATS {url}: {refused[0]}") from None
         except nats.js.errors.APIError as error:
-            if error.err_code is None or error.err_code in _OFF:
+            if error.err_code is None or error.err_code in OFF:
                 # Nobody answers for JetStream, or somebody says that it is off.
                 text = error.description or "is it on? (nats-server -js)"
                 raise BadEngine(f"NATS {url}: JetStream is off: {text}") from None
-            if not isinstance(error, nats.js.errors.ServiceUnavailableError):
+            is_now = isinstance(error, nats.js.errors.ServiceUnavailableError)
+            # Servers that start just now do not see each other yet.
+            if not is_now and error.err_code != NO_PEERS:
                 raise BadEngine(f"NATS {url}: {error.description}") from None
+            if loop.time() >= until_s:
+                raise NatsUnreachable(f"NATS {url}: {error.description}") from None
         except msgspec.DecodeError as error:
             name = ours.cluster
             raise BadEngine(
@@ -265,7 +274,7 @@ async def _bucket(js: "JetStreamContext", url: NatsUrl) -> "KeyValue":
         pass
     given = url.options.get("replicas")
     # A single server says that it has no room for three.
-    wanted = [int(given)] if given else [_REPLICAS_IN_A_CLUSTER, 1]
+    wanted = [int(given)] if given else [REPLICAS_IN_A_CLUSTER, 1]
     for replicas in wanted:
         try:
             return await js.create_key_value(
@@ -275,8 +284,8 @@ async def _bucket(js: "JetStreamContext", url: NatsUrl) -> "KeyValue":
                 direct=False,
             )
         except nats.js.errors.APIError as error:
-            if error.err_code == _IN_USE:
+            if error.err_code == STREAM_EXISTS:
                 return await js.key_value(BUCKET)
-            if error.err_code not in _NO_REPLICAS_HERE or replicas == wanted[-1]:
+            if error.err_code != NO_REPLICAS or replicas == wanted[-1]:
                 raise
     raise AssertionError("the last one returns or raises")

@@ -33,13 +33,14 @@ _EXPECTED = "Nats-Expected-Last-Subject-Sequence"
 _WRONG_REVISION = (10071, 10164)
 _NO_MESSAGE = 10037
 _NO_STREAM = 10059
-_STREAM_EXISTS = 10058
-_OFF = (10035, 10039, 10076)  # no JetStream: for the account, or at all
-_NO_PEERS = 10005  # as many servers as replicas, of those that are seen just now
+STREAM_EXISTS = 10058
+OFF = (10035, 10039, 10076)  # no JetStream: for the account, or at all
+NO_PEERS = 10005  # fewer servers than replicas, of those that are seen just now
+NO_REPLICAS = 10074  # more than one: this server is in no cluster
 _UNAVAILABLE, _TOO_MANY = 503, 429
 _ANSWERS_MAX = 1 << 20
 _ANSWER_BYTES_MAX = 1 << 30
-_REPLICAS_IN_A_CLUSTER = 3
+REPLICAS_IN_A_CLUSTER = 3
 
 _SAFE = re.compile(r"[A-Za-z0-9_/-]+\Z")
 _UNSAFE = re.compile(rb"[^A-Za-z0-9_/-]")
@@ -251,7 +252,7 @@ class Bucket:
         done = self._read(_read_done, await self._api("CREATE", config, until))
         if done.error is None:
             return
-        if done.error.err_code == _STREAM_EXISTS:
+        if done.error.err_code == STREAM_EXISTS:
             # Another was faster, with other replicas.
             await self.look(replicas=replicas, until=until)
             return
@@ -260,7 +261,7 @@ class Bucket:
     def _replicas_by_default(self) -> int:
         # A server says the name of its cluster, where it is in one.
         in_a_cluster = bool(self.client._server_info.get("cluster"))  # noqa: SLF001
-        return _REPLICAS_IN_A_CLUSTER if in_a_cluster else 1
+        return REPLICAS_IN_A_CLUSTER if in_a_cluster else 1
 
     def _wanted(self, replicas: int) -> dict[str, Any]:
         return {
@@ -383,9 +384,9 @@ class Bucket:
 
     def _refusal(self, error: _Error) -> BucketError:
         text = f"{self._where}: {error.description}"
-        if error.err_code in _OFF:
+        if error.err_code in OFF:
             return JetStreamOff(f"{self._where}: JetStream is off: {error.description}")
-        if error.code in (_UNAVAILABLE, _TOO_MANY) or error.err_code == _NO_PEERS:
+        if error.code in (_UNAVAILABLE, _TOO_MANY) or error.err_code == NO_PEERS:
             return NotNow(text)
         return NotDone(text)
 

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import actors.engine_nats as engine_module
 from actors.engine import Settings
 from actors.engine_nats import BUCKET, ClusterRecord, NatsEngine
 from actors.engine_url import BadEngine, open_engine
@@ -274,6 +276,47 @@ def test_a_cluster_of_three_servers_keeps_what_it_shares_three_times(
             connection.close()
         servers[0].kill()
         NatsEngine(url, MemoryStore(), settings=settings).close()
+
+
+def no_peers_for(
+    count: int, wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers see too few others, `count` times; what was wanted is written down."""
+    import nats.js.client  # noqa: PLC0415  as the engine has it
+    import nats.js.errors  # noqa: PLC0415
+
+    context = nats.js.client.JetStreamContext
+    create = context.create_key_value
+
+    async def create_or_refuse(self: Any, **config: Any) -> Any:
+        wanted.append(config["replicas"])
+        if len(wanted) <= count:
+            raise nats.js.errors.BadRequestError(
+                code=400, err_code=10005, description="no suitable peers"
+            )
+        return await create(self, **config)
+
+    monkeypatch.setattr(context, "create_key_value", create_or_refuse)
+
+
+def test_servers_that_do_not_see_each_other_yet_are_asked_again(
+    cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[int] = []
+    no_peers_for(3, wanted, monkeypatch)
+    with nats_server() as alone:
+        NatsEngine(alone.url, MemoryStore(), settings=Settings(cluster=cluster)).close()
+    # Only the server itself, which is alone, says that one is enough.
+    assert wanted == [3, 3, 3, 3, 1]
+
+
+def test_servers_that_never_see_each_other_are_said_to_be_too_few(
+    cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "_AGREE_S", 0.2)
+    no_peers_for(1_000, [], monkeypatch)
+    with nats_server() as alone, pytest.raises(NatsUnreachable, match="no suitable"):
+        NatsEngine(alone.url, MemoryStore(), settings=Settings(cluster=cluster))
 
 
 def test_a_server_without_jetstream_is_refused() -> None:
