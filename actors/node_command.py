@@ -211,8 +211,12 @@ def _leave(node: PlacementNode, asked: Asked, timeout_s: float) -> bool:
     done = threading.Event()
 
     def stop() -> None:
-        node.stop(timeout=timeout_s)
-        done.set()
+        try:
+            node.stop(timeout=timeout_s)
+        except Exception:
+            log.exception("the node has not stopped", node=node.name)
+        finally:
+            done.set()
 
     threading.Thread(target=stop, name="stopping", daemon=True).start()
     asked.wait(2, until=done)
