@@ -192,15 +192,17 @@ def ask_command(
     with entry() as node:
         try:
             answer = node.ref(identity).ask(message, request_id=request_id)
-            found = node.resolve(identity)
         except PlacementError as error:
             raise _refused(error, as_json=as_json) from None
+        # As it is known from the asking: to resolve it might start another one, or
+        # be refused, and there is an answer.
+        pid = node.peek(identity)
         if as_json:
             _say(
                 {
                     "answer": answer,
-                    "owner": found.owner,
-                    "fencing_token": found.fencing_token,
+                    "owner": None if pid is None else pid.session,
+                    "fencing_token": None if pid is None else pid.fencing_token,
                 },
                 as_json=True,
             )

@@ -758,6 +758,14 @@ class PlacementNode(Verbs):
         self._outbox.seek(Identity.parse(identity), timeout, future)
         return future
 
+    def peek(self, identity: str) -> Pid | None:
+        """Where messages to `identity` went last; nothing is asked, and none started.
+
+        Raises:
+            BadIdentity: it is none.
+        """
+        return self._outbox.peek(Identity.parse(identity))
+
     def forget(self, pid: Pid) -> bool:
         """Drop the reference from the cache; false where it was not kept."""
         return self._outbox.forget(pid)

@@ -273,6 +273,11 @@ class Outbox:
         with self.lock:
             self._deliveries.cache.keep(resolution)
 
+    def peek(self, identity: Identity) -> Pid | None:
+        """The reference that is kept; nothing is asked."""
+        with self.lock:
+            return self._deliveries.cache.peek(identity)
+
     def forget(self, pid: Pid) -> bool:
         """Drop the reference from the cache."""
         with self.lock:

@@ -6,17 +6,19 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import pytest
+from click.testing import CliRunner
 
-from actors import Grain
-from actors.client_command import entry_to
+from actors import Grain, client_command
+from actors.client_command import ask_command, entry_to
 from actors.engine import Settings
 from actors.nats_connection import NatsConnection, parse_nats_url
 from actors.node import PlacementNode
+from actors.node_command import Asked, _leave
 from actors.witness import BadWitness, FileWitness
-from placement.errors import PlacementError
+from placement.errors import NotReady, PlacementError
 from tests.actors.nats_servers import (
     NatsServer,
     free_ports,
@@ -206,6 +208,50 @@ def test_a_refusal_is_an_object_with_its_reason_and_exit_code_1(place: Place) ->
         wrong = placement("ask", "echo/1", "{no json", *place.where)
         assert (wrong.returncode, wrong.stdout) == (2, "")
         assert wrong.stderr.count("\n") == 1
+
+
+def test_an_answer_is_printed_also_where_its_owner_has_gone_since(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Gone:
+        """A node that has an answer, and knows of no owner any more."""
+
+        def ref(self, identity: str) -> "Gone":
+            return self
+
+        def ask(self, message: Any, *, request_id: str) -> Any:
+            return message
+
+        def peek(self, identity: str) -> None:
+            return None
+
+        def resolve(self, identity: str) -> None:
+            raise NotReady("nobody may be asked, and nothing started, for this")
+
+    @contextmanager
+    def entry(*_: object) -> Iterator[Gone]:
+        yield Gone()
+
+    monkeypatch.setattr(client_command, "_entry", entry)
+    args = ["echo/1", "7", "--engine", "nats://h", "--json"]
+    done = CliRunner().invoke(ask_command, args)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {
+        "answer": 7,
+        "owner": None,
+        "fencing_token": None,
+    }
+
+
+def test_a_node_whose_stop_raises_is_not_waited_for() -> None:
+    class Broken:
+        name = "one"
+        has_left = False
+
+        def stop(self, *, timeout: float) -> None:
+            raise RuntimeError("a bug")
+
+    assert not _leave(cast("PlacementNode", Broken()), Asked(), 30.0)
 
 
 def test_a_second_sigterm_stops_at_once_and_says_so(place: Place) -> None:
