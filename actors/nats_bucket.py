@@ -133,7 +133,6 @@ class Bucket:
 
     def __init__(self, client: "Client", name: str, *, where: str) -> None:
         self.client = client
-        self.write_count = 0
         self.read_count = 0
         self._name, self._stream = name, f"KV_{name}"
         self._prefix = f"$KV.{name}."
@@ -166,7 +165,6 @@ class Bucket:
         Raises:
             BucketError: it was not written, or that is not known.
         """
-        self.write_count += 1
         subject, headers = f"{self._prefix}{key}", {_EXPECTED: str(expected)}
         answer = await self._ask(subject, data, headers=headers, until=until)
         ack = self._read(_read_ack, answer.data)

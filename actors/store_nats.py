@@ -385,7 +385,14 @@ class NatsStore:
             if bucket is None or bucket.client is not client:
                 bucket = Bucket(client, self._place.bucket, where=self._where)
                 self._bucket = bucket
-                await bucket.listen()
+                try:
+                    await bucket.listen()
+                except Exception as error:
+                    if self._bucket is bucket:
+                        self._bucket = None
+                    raise NatsLost(
+                        f"{self._where}: {error}", may_have_happened=False
+                    ) from error
             return await work(bucket)
 
         try:

@@ -18,6 +18,7 @@ from typing import Any, Self
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nats.errors import ConnectionClosedError
 
 from actors import nats_entries, nats_sessions, store_nats
 from actors.conformance import StoreConformance
@@ -307,6 +308,32 @@ def count_waiting(
         return await write(*args, **more)
 
     bucket.write = counted  # type: ignore[method-assign]
+
+
+def test_a_connection_that_ends_before_it_can_be_answered_is_lost_like_another(
+    store: NatsStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listen = Bucket.listen
+    failures = 2
+
+    async def listen_or_fail(bucket: Bucket) -> None:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise ConnectionClosedError
+        await listen(bucket)
+
+    monkeypatch.setattr(Bucket, "listen", listen_or_fail)
+    store._bucket = None
+    assert store.read_sessions().topology.members == ()
+    assert not failures
+
+    monkeypatch.setattr(store, "_timeout_s", 0.0)
+    for call in (store.read_sessions, lambda: store.load([Load(CART)])):
+        failures, store._bucket = 1_000_000, None
+        with pytest.raises(StoreFailure, match="connection closed") as failed:
+            call()
+        assert not failed.value.may_have_happened
 
 
 def test_requests_for_one_identity_are_done_one_after_the_other(
