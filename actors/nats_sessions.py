@@ -224,6 +224,7 @@ class NatsSessions:
         topology = _topology_of(stored)
         opened = [SessionId(each) for each in stored.opened]
         names = {*opened, *(member.session for member in topology.members)}
+        self._forget_closed(names)
 
         async def read(session: SessionId) -> SessionRecord | None:
             if known is not None and session == known.session:
@@ -245,6 +246,22 @@ class NatsSessions:
             if (record := by_session[session]) is not None and record.closed
         )
         return SessionView(topology, seen), ended
+
+    def _forget_closed(self, listed: set[SessionId]) -> None:
+        """Keep nothing of sessions that others have closed.
+
+        One is listed before its record exists, and until that is closed: where the
+        list is newer than the record, what it lacks is closed.
+        """
+        revision, _ = self._cluster
+        closed = [
+            session
+            for session, (last, _) in self._sessions.items()
+            if session not in listed and last < revision
+        ]
+        for session in closed:
+            del self._sessions[session]
+        self._doubted.intersection_update(self._sessions)
 
     async def _list(
         self,

@@ -976,6 +976,40 @@ def test_r3_5_a_session_is_listed_before_its_record_exists(
     assert names == [A, B, session]
 
 
+def test_sessions_that_others_have_closed_are_kept_by_nobody(
+    faulty: NatsStore,
+) -> None:
+    many = [SessionId(f"node-{number}.1#1") for number in range(5)]
+    with closing(faulty.another()) as other:
+        for session in many:
+            open_session(other, session)
+        faulty.read_sessions()
+        assert set(faulty._sessions._sessions) == {A, B, *many}
+        for session in many:
+            assert other.close_session(session, 0)
+
+    faulty.read_sessions()
+
+    assert set(faulty._sessions._sessions) == {A, B}
+
+
+def test_r3_5_a_session_newer_than_the_list_stays_known(
+    faulty: NatsStore, faults: Faults
+) -> None:
+    session = SessionId("node-c.1#1")
+    with closing(faulty.another()) as other:
+        open_session(other, session)
+        owned(other, CART, session)
+        # By its entry: the list that is known here does not have it.
+        (found,) = faulty.load([Load(CART)])
+        assert isinstance(found, Loaded)
+        assert found.owner_is_open
+        faults.stale["cluster"] = deque([None])
+        faulty.read_sessions()
+
+        assert set(faulty._sessions._sessions) == {A, B, session}
+
+
 def test_r3_5_a_closed_session_does_not_stay_listed(
     hasty: NatsStore, faults: Faults
 ) -> None:
