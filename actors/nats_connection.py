@@ -476,8 +476,13 @@ class NatsConnection:
                 ),
                 CONNECT_S * len(self.url.servers),
             )
+            is_up = True
+            self._refused.clear()
             for wanted in tuple(self._wanted.values()):
                 await self._subscribe(client, wanted)
+            if self._wanted:
+                # Who hears that it is connected again may be sent something at once.
+                await _flush(client, CONNECT_S)
         except asyncio.CancelledError:
             await _end_client(client)
             raise
@@ -486,9 +491,7 @@ class NatsConnection:
             # The last of the client's own says why no server was left.
             cause = errors[-1] if errors else raised
             raise self._failure(cause) from cause
-        is_up = True
         self.max_payload = client.max_payload
-        self._refused.clear()
         self._lost.clear()
         with self._lock:
             self._client = client

@@ -253,6 +253,26 @@ def test_it_heals_by_itself_and_repeats_nothing(server: NatsServer) -> None:
         eventually(lambda: events[-1].name == "Reconnected")
 
 
+def test_it_is_connected_again_when_the_server_has_its_subscriptions(
+    server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    with connected(server.url) as connection:
+        connection.subscribe("there", lambda *_: None)
+        connection.listen(lambda event: done.append(event.name))
+        flush = connection_module._flush
+
+        async def flushed(client: "Client", timeout_s: float) -> None:
+            subjects = [each.subject for each in client._subs.values()]
+            await flush(client, timeout_s)
+            done.append(f"the server has {', '.join(subjects)}")
+
+        monkeypatch.setattr(connection_module, "_flush", flushed)
+        connection._soon(lambda: connection._lose(connection.client))
+        eventually(lambda: "Reconnected" in done)
+    assert done == ["Disconnected", "the server has there", "Reconnected"]
+
+
 def test_frames_go_out_again_though_the_last_ones_were_lost_before_they_could(
     server: NatsServer,
 ) -> None:
