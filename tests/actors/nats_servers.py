@@ -1,6 +1,7 @@
 """Real NATS servers for tests: of the wheel, in a folder of their own."""
 
-import signal
+import random
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -15,15 +16,48 @@ READY_WITHIN_S = 20.0
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
+    """Ports that nothing listens on now, and that no outgoing connection is given."""
+    found: list[int] = []
+    for _ in range(_TRIES):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", next(_ports)))
+            found.append(probe.getsockname()[1])
+        if len(found) == count:
+            return found
+    raise AssertionError("no port is free")
+
+
+def _ports_in_turn() -> Iterator[int]:
+    """Each once, from a place that is another one in each process of tests."""
     try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+        outgoing = int(_OUTGOING.read_text().split()[0])
+    except OSError:  # not Linux
+        outgoing = _OUTGOING_ELSEWHERE
+    ports = range(_PORT_MIN, outgoing) or range(_PORT_MIN, _OUTGOING_ELSEWHERE)
+    place = random.SystemRandom().randrange(len(ports))
+    while True:
+        yield ports[place % len(ports)]
+        place += 1
+
+
+_TRIES = 1_000
+_OUTGOING = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_PORT_MIN, _OUTGOING_ELSEWHERE = 10_000, 32_768
+_ports = _ports_in_turn()
+
+
+def _memory() -> str | None:
+    """Where a folder costs no disk, if there is much room; else the usual place.
+
+    Hundreds of streams are thousands of files, which a disk takes seconds to remove.
+    """
+    with suppress(OSError):
+        if shutil.disk_usage(_SHARED_MEMORY).free > _ROOM:
+            return _SHARED_MEMORY
+    return None
+
+
+_SHARED_MEMORY, _ROOM = "/dev/shm", 4 << 30
 
 
 class NatsServer:
@@ -93,26 +127,13 @@ class NatsServer:
             self._process.wait()
             self._process = None
 
-    def stop(self) -> None:
-        if self._process is None:
-            return
-        with suppress(OSError):
-            self._process.send_signal(signal.SIGCONT)
-        self._process.terminate()
-        try:
-            self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
-
 
 @contextmanager
 def nats_server(
     *, jetstream: bool = True, more: str = "", folder: Path | None = None
 ) -> Iterator[NatsServer]:
     """Start one server; nothing of it is left afterwards."""
-    with tempfile.TemporaryDirectory(prefix="nats-") as name:
+    with tempfile.TemporaryDirectory(prefix="nats-", dir=_memory()) as name:
         (port,) = free_ports(1)
         server = NatsServer(
             folder or Path(name), port=port, jetstream=jetstream, more=more
@@ -121,13 +142,13 @@ def nats_server(
             server.start()
             yield server
         finally:
-            server.stop()
+            server.kill()
 
 
 @contextmanager
 def nats_cluster(count: int = 3) -> Iterator[Sequence[NatsServer]]:
     """Start servers that are one JetStream cluster, and has a leader."""
-    with tempfile.TemporaryDirectory(prefix="nats-") as name:
+    with tempfile.TemporaryDirectory(prefix="nats-", dir=_memory()) as name:
         ports = free_ports(2 * count)
         clients, routes = ports[:count], ports[count:]
         urls = ", ".join(f'"nats://127.0.0.1:{port}"' for port in routes)
@@ -151,5 +172,6 @@ def nats_cluster(count: int = 3) -> Iterator[Sequence[NatsServer]]:
                 server.await_ready()
             yield servers
         finally:
+            # Servers of a cluster that are told to end wait for each other.
             for server in servers:
-                server.stop()
+                server.kill()

@@ -258,6 +258,7 @@ def test_what_does_not_wait_here_any_more_is_dropped_and_said(
             there.connection.flush()
         eventually(lambda: "FramesDropped" in here.names())
         hold.set()
+        eventually(lambda: len(here.got) + len(here.names()) == 100)
         eventually(lambda: here.transport._inbound_bytes == 0)
         heard = len(here.got)
         assert 0 < heard < 100
