@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from actors import postgres_database
+from actors.postgres_database import PostgresDatabase
 from actors.store_postgres import PostgresStore
 from actors.store_url import open_store
 from placement.contracts import (
@@ -34,6 +37,24 @@ def opened(url: str) -> Iterator[PostgresStore]:
         assert isinstance(store, PostgresStore)
         store.open_session(SessionRecord(session=NODE, ttl_ms=5_000))
         yield store
+
+
+@contextmanager
+def in_a_hurry(store: PostgresStore, timeout_ms: int) -> Iterator[None]:
+    """Give it less time than a store may need that is opened, on a slow machine."""
+
+    def give(database: PostgresDatabase) -> None:
+        store._database = database
+        if store._connection is not None:
+            silence_max_s = database.timeout_ms / 1_000 + postgres_database._GRACE_S
+            store._connection.silence_max_s = silence_max_s
+
+    before = store._database
+    give(replace(before, timeout_ms=timeout_ms))
+    try:
+        yield
+    finally:
+        give(before)
 
 
 def own(

@@ -42,6 +42,7 @@ from tests.actors.postgres_builders import (
     NODE,
     USER,
     backend_of,
+    in_a_hurry,
     load,
     opened,
     own,
@@ -511,7 +512,7 @@ def test_a_closed_connection_fails(url: str) -> None:
 def test_who_holds_the_row_for_long_makes_others_fail_and_they_work_again_later(
     postgres: PostgresServer, schema: str, url: str
 ) -> None:
-    with opened(f"{url}&timeout_ms=100") as store, postgres.connect() as holder:
+    with opened(f"{url}&timeout_ms=20000") as store, postgres.connect() as holder:
         entry = own(store, CART)
         with holder.transaction():
             holder.execute(f"SELECT FROM {schema}.store FOR UPDATE".encode())
@@ -521,7 +522,10 @@ def test_who_holds_the_row_for_long_makes_others_fail_and_they_work_again_later(
                 lambda: store.close_session(NODE, 0),
                 lambda: in_a_transaction(store, lambda: own(store, USER)),
             ):
-                with pytest.raises(StoreFailure, match="timeout") as caught:
+                with (
+                    in_a_hurry(store, 100),
+                    pytest.raises(StoreFailure, match="timeout") as caught,
+                ):
                     call()
                 assert caught.value.may_have_happened is False
             assert load(store, CART).fencing_token == entry.fencing_token
@@ -533,7 +537,8 @@ def test_who_holds_the_row_for_long_makes_others_fail_and_they_work_again_later(
 def test_a_transaction_that_stands_still_is_ended_by_the_server(
     postgres: PostgresServer, url: str
 ) -> None:
-    with opened(f"{url}&timeout_ms=100") as store, closing(store.another()) as other:
+    patient = f"{url}&timeout_ms=20000"
+    with opened(patient) as store, closing(store.another()) as other:
         own(store, CART)
         process = backend_of(store)
         look = f"SELECT FROM pg_stat_activity WHERE pid = {process}"
@@ -541,7 +546,10 @@ def test_a_transaction_that_stands_still_is_ended_by_the_server(
         def stand_still() -> None:
             eventually(lambda: postgres.run(look) == [])
 
-        with pytest.raises(StoreFailure, match="connection") as caught:
+        with (
+            in_a_hurry(store, 400),
+            pytest.raises(StoreFailure, match="connection") as caught,
+        ):
             in_a_transaction(store, lambda: own(store, USER, 2), stand_still)
 
         assert caught.value.may_have_happened is False
@@ -566,14 +574,15 @@ def test_a_server_that_stands_still_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(postgres_database, "_GRACE_S", 0.2)
     # Tries that are made again end with the time, too.
-    with opened(f"{url}&timeout_ms=200") as store:
+    with opened(f"{url}&timeout_ms=20000") as store:
         own(store, CART)
         before = backend_of(store)
         os.kill(before, signal.SIGSTOP)
         try:
             began = time.monotonic()
-            call(store)
-            assert time.monotonic() - began < 5
+            with in_a_hurry(store, 400):
+                call(store)
+            assert time.monotonic() - began < 15
             assert store._connection is None or backend_of(store) != before
         finally:
             os.kill(before, signal.SIGCONT)
@@ -771,19 +780,20 @@ def test_a_commit_that_cannot_be_looked_up_may_have_happened(
     schema: str,
     wire: Wire,
 ) -> None:
-    url = wire.url(f"schema={schema}&sslmode=disable&timeout_ms=150")
+    url = wire.url(f"schema={schema}&sslmode=disable&timeout_ms=20000")
     with opened(url) as store:
         for call in (
             lambda: own(store, CART),
             lambda: in_a_transaction(store, lambda: own(store, USER, 2)),
         ):
             wire.cut(COMMITTING, before=before, then_refuse=True)
-            with pytest.raises(StoreFailure, match="could not be found out") as caught:
-                call()
-            assert caught.value.may_have_happened is True
-            with pytest.raises(StoreFailure) as caught:
-                store.read_sessions()
-            assert caught.value.may_have_happened is False
+            with in_a_hurry(store, 250):
+                with pytest.raises(StoreFailure, match="could not be found") as caught:
+                    call()
+                assert caught.value.may_have_happened is True
+                with pytest.raises(StoreFailure) as caught:
+                    store.read_sessions()
+                assert caught.value.may_have_happened is False
             wire.refuses = False
         assert load(store, USER).owner == (None if before else NODE)
 
@@ -798,7 +808,7 @@ def test_a_commit_that_waits_for_a_standby_is_not_taken_for_done(
         look = "SHOW synchronous_standby_names"
         eventually(lambda: postgres.run(look) == [(found,)])
 
-    with opened(f"{url}&timeout_ms=200") as store:
+    with opened(f"{url}&timeout_ms=20000") as store:
         mine = Acquisition(NODE, 1)
         store.try_acquire([Acquire(CART, mine)])
         request = Claim(CART, NODE, 1, mine, 0)
@@ -808,7 +818,7 @@ def test_a_commit_that_waits_for_a_standby_is_not_taken_for_done(
                 lambda: store.claim([request]),
                 lambda: store.renew_session(NODE, 1),
             ):
-                with pytest.raises(StoreFailure) as caught:
+                with in_a_hurry(store, 200), pytest.raises(StoreFailure) as caught:
                     call()
             assert caught.value.may_have_happened is True
         finally:
@@ -995,20 +1005,26 @@ def test_r3_4_connections_ended_under_load_take_nothing_confirmed_back(
     chance = random.Random(7)
     ended = 0
     with writing(url, 4) as writers, postgres.connect() as killer:
-        # Until each has been served for a while in spite of it, and often enough.
-        while ended < 300 or min(writer.batches for writer in writers) < 25:
+
+        def batches() -> list[int]:
             assert all(writer.thread.is_alive() for writer in writers)
+            return [writer.batches for writer in writers]
+
+        while ended < 300:
+            before = sum(batches())
             found = killer.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
                 " WHERE application_name = %s AND (random() < 0.5 OR query ~ 'COMMIT')",
                 [schema],
             ).fetchall()
             ended += len(found)
-            # They are to be hit anywhere in a transaction, and to come to one.
+            # Somebody is served in spite of it, however slow all of them are.
+            eventually(lambda before=before: sum(batches()) > before)  # type: ignore[misc]
+            # And they are to be hit anywhere in a transaction.
             time.sleep(chance.random() * 0.03)
+        eventually(lambda: min(batches()) >= 25)
 
     check_all_is_there(url, writers)
-    assert sum(writer.batches for writer in writers) >= 100
 
 
 def test_r3_4_a_server_that_crashes_under_load_takes_nothing_confirmed_back(
@@ -1052,7 +1068,7 @@ def test_r3_4_a_cluster_serves_through_ended_connections_and_a_killed_node(
 
     def cluster() -> Cluster:
         return Cluster.embedded(
-            nodes=3, kinds={"account": Account}, store=url, ttl=1.0, ask_timeout=30.0
+            nodes=3, kinds={"account": Account}, store=url, ttl=4.0, ask_timeout=30.0
         )
 
     with cluster() as running, ExitStack() as stack:
