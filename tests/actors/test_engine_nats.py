@@ -63,7 +63,8 @@ def nodes_over(
             node = PlacementNode(
                 name, kinds={"echo": Echo}, engine=engine, settings=settings
             )
-            stack.callback(node.stop)
+            # Not in good order: a node that leaves so stays for a while.
+            stack.callback(node.kill)
             made[name] = node
         for name, node in made.items():
             if name == "c":
@@ -82,7 +83,7 @@ def nodes_over(
 def test_r1_4_nodes_of_many_processes_are_one_cluster(
     server: NatsServer, cluster: str
 ) -> None:
-    settings = Settings(cluster=cluster, ttl=2.0)
+    settings = Settings(cluster=cluster, ttl=5.0)
     with nodes_over(server.url, "abc", settings) as nodes:
         client = nodes["c"]
         for number in range(100):
@@ -95,7 +96,7 @@ def test_r1_4_nodes_of_many_processes_are_one_cluster(
 
 
 def test_a_node_that_leaves_loses_no_message(server: NatsServer, cluster: str) -> None:
-    settings = Settings(cluster=cluster, ttl=2.0)
+    settings = Settings(cluster=cluster, ttl=5.0)
     with nodes_over(server.url, "abc", settings) as nodes:
         client, failures = nodes["c"], []
         asked = 0
@@ -130,19 +131,26 @@ def test_a_node_that_leaves_loses_no_message(server: NatsServer, cluster: str) -
 def test_who_knows_of_no_leave_yet_gets_its_messages_back(
     server: NatsServer, cluster: str
 ) -> None:
-    settings = Settings(cluster=cluster, ttl=3.0)
+    settings = Settings(cluster=cluster, ttl=5.0)
     with nodes_over(server.url, "abc", settings) as nodes:
         client = nodes["c"]
         for number in range(50):
             assert client.ref(f"echo/{number}").ask(number) == number
         left = nodes["a"].session
         assert left is not None
+        hold = threading.Event()
         with ThreadPoolExecutor(1) as pool:
+            # The client reads no members meanwhile.
+            client._engine._lanes[1].post(hold.wait, 60)  # type: ignore[attr-defined]
             stopped = pool.submit(nodes["a"].stop)
             eventually(lambda: nodes["a"].has_left)
             assert left in client.topology
-            for number in range(50):
-                assert client.ref(f"echo/{number}").ask(number, timeout=20) == number
+            futures = [
+                client.ref(f"echo/{number}").ask(number, timeout=20, block=False)
+                for number in range(50)
+            ]
+            hold.set()
+            assert [each.get(timeout=20) for each in futures] == list(range(50))
             stopped.result()
         for number in range(50):
             assert client.ref(f"echo/{number}").ask(number, timeout=20) == number
@@ -203,7 +211,7 @@ def test_a_node_with_other_settings_is_refused_with_the_difference(
     settings = Settings(**{"cluster": cluster, "ttl": 2.0, **other})  # type: ignore[arg-type]
     with pytest.raises(BadEngine, match=message):
         NatsEngine(server.url, MemoryStore(), settings=settings)
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
 
     adopting = NatsEngine(server.url, MemoryStore(), settings=settings, adopts=True)
     adopting.close()
@@ -354,7 +362,9 @@ def test_a_server_that_is_absent_or_refuses_is_one_sentence() -> None:
             open_engine(wrong, None, Settings())
 
 
-def test_a_permission_that_lacks_is_named() -> None:
+def test_a_permission_that_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The server answers nothing; what it says besides is looked at after that.
+    monkeypatch.setattr(engine_module, "_ANSWER_S", 0.5)
     login = """
     authorization { users: [ { user: u, password: p, permissions: {
         publish: ["placement.>"], subscribe: [">"] } } ] }
@@ -374,7 +384,7 @@ def test_processes_of_one_machine_share_a_sqlite_store(
         "from actors.node import PlacementNode\n"
         "from tests.actors.actors_under_test import Echo\n"
         f"with PlacementNode('other', kinds={{'echo': Echo}}, engine={server.url!r},\n"
-        f"    store={store!r}, cluster={cluster!r}, ttl=2.0) as node:\n"
+        f"    store={store!r}, cluster={cluster!r}) as node:\n"
         "    node.start_member()\n"
         "    print('ready', flush=True)\n"
         "    sys.stdin.read()\n"
@@ -395,7 +405,6 @@ def test_processes_of_one_machine_share_a_sqlite_store(
             engine=server.url,
             store=store,
             cluster=cluster,
-            ttl=2.0,
         ) as node:
             node.start_member()
             owners = set()

@@ -1,3 +1,4 @@
+import itertools
 import random
 import threading
 from collections.abc import Iterator
@@ -109,7 +110,7 @@ def refused_in(data: bytes, to: Address, cluster: str, *, is_node: bool) -> int:
 def test_ten_thousand_hostile_frames_are_each_refused_and_counted(
     server: NatsServer,
 ) -> None:
-    settings = Settings(cluster="hostile", ttl=2.0)
+    settings = Settings(cluster="hostile", renew_every=0.5)
     engine = NatsEngine(server.url, MemoryStore(), settings=settings)
     with (
         closing(engine),
@@ -136,7 +137,7 @@ def test_ten_thousand_hostile_frames_are_each_refused_and_counted(
 
 
 def test_a_repeated_frame_is_handled_once(server: NatsServer) -> None:
-    settings = Settings(cluster="repeated", ttl=2.0)
+    settings = Settings(cluster="repeated", renew_every=0.5)
     engine = NatsEngine(server.url, MemoryStore(), settings=settings)
     got: list[bytes] = []
     with (
@@ -188,7 +189,22 @@ def test_memory_stays_flat_and_service_goes_on_under_hostile_frames(
         session = str(node.start().ready()["session"])
         to = Address(session.partition("#")[0])
         chance = random.Random(11)
-        numbers = iter(range(1, 1_000_000))
+        numbers, markers = itertools.count(1), itertools.count(1)
+
+        def await_all() -> None:
+            """Have the node come to the end of what it was sent, on both sides."""
+            answered: list[bytes] = []
+            for is_node in (True, False):
+                # Each time a sender of which it has no number yet.
+                marker = Address(f"marker.{next(markers)}")
+                answers = subject_of(cluster, marker, to, is_node=True)
+                stranger.subscribe(
+                    answers, lambda _, data: answered.extend(unpack(data))
+                )
+                subject = subject_of(cluster, to, marker, is_node=is_node)
+                mark = codec.encode(marker, to, 1, Mark("k/x", 1, 1))
+                assert stranger.publish(subject, mark)
+            eventually(lambda: len(answered) == 2)
 
         def flood(count: int) -> None:
             for number in range(count):
@@ -205,16 +221,18 @@ def test_memory_stays_flat_and_service_goes_on_under_hostile_frames(
                 data = codec.encode(HOSTILE, to, number, resolve)
                 eventually(lambda: stranger.publish(subject, data))  # noqa: B023
             stranger.flush(timeout_s=30)
+            await_all()
 
-        flood(12_000)
-        assert placement("ask", "echo/mine", "1", *where).returncode == 0
-        before = resident_kib(node.pid)
-        flood(12_000)
+        sizes = []
+        for _ in range(4):
+            flood(6_000)
+            sizes.append(resident_kib(node.pid))
         asked = placement("ask", "echo/mine", '"still here"', *where, "--json")
         assert asked.returncode == 0, asked.stderr
         assert '"still here"' in asked.stdout
         assert session in asked.stdout
-        assert resident_kib(node.pid) - before < 16 << 10
+        # What it takes at first, for buffers of frames that wait, does not come again.
+        assert sizes[-1] - sizes[-2] < 8 << 10, sizes
 
 
 class Held(Grain):
@@ -231,7 +249,7 @@ def test_a_client_that_asks_too_much_at_once_hears_overloaded(
     server: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clients_module, "REQUESTS_MAX", 5)
-    settings = Settings(cluster="asks", ttl=5.0)
+    settings = Settings(cluster="asks", renew_every=0.5)
     store = MemoryStore()
     engines = [NatsEngine(server.url, store, settings=settings) for _ in range(2)]
     with (
