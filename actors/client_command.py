@@ -12,25 +12,14 @@ import msgspec
 
 from actors.engine import Settings
 from actors.engine_url import open_engine
+from actors.exits import FAILED, wrong
 from actors.nats_connection import NatsFailure
 from actors.node import PlacementNode
-from actors.store_url import check_store
 from placement.contracts import StoreFailure
 from placement.errors import PlacementError
 from placement.identity import BadIdentity, Identity
 
-FAILED, WRONG = 1, 2
 Entry = Callable[[], AbstractContextManager[PlacementNode]]
-
-
-def check_place(store: str | None) -> None:
-    """Refuse a store that cannot be one, where it is not the engine's own.
-
-    Raises:
-        BadStore: it cannot.
-    """
-    if store is not None:
-        check_store(store)
 
 
 @contextmanager
@@ -45,7 +34,6 @@ def entry_to(
         StoreFailure: the store cannot be opened.
         PlacementError: the members could not be read in time.
     """
-    check_place(store)
     opened = open_engine(engine, store, settings, adopts=True)
     try:
         node = PlacementNode(
@@ -60,12 +48,6 @@ def entry_to(
             node.stop()
     finally:
         opened.close()
-
-
-def wrong(message: str) -> click.exceptions.Exit:
-    """Say what is wrong with the usage or the place; the exit that follows."""
-    click.echo(f"placement: {message}", err=True)
-    return click.exceptions.Exit(WRONG)
 
 
 @contextmanager
@@ -247,7 +229,6 @@ def status_command(
 ) -> None:
     """Say who the members are; what runs on each only they know."""
     try:
-        check_place(store)
         settings = Settings(cluster=cluster, ask_timeout=timeout)
         opened = open_engine(engine, store, settings, adopts=True)
         try:

@@ -26,6 +26,7 @@ from actors.client_command import (
 )
 from actors.cluster import Cluster, StoreInUse
 from actors.engine import Settings
+from actors.exits import FAILED, INTERRUPTED, wrong
 from actors.kind import BadKind, Kind
 from actors.log import to_stderr
 from actors.nats_connection import NatsFailure
@@ -55,8 +56,6 @@ from placement.contracts import StoreFailure
 from placement.errors import PlacementError
 from placement.identity import BadIdentity
 
-FAILED, WRONG, INTERRUPTED = 1, 2, 130
-
 
 @click.group()
 @click.version_option(package_name="actor-placement", prog_name="placement")
@@ -74,11 +73,6 @@ for each_command in (
     status_command,
 ):
     main.add_command(each_command)
-
-
-def _wrong(message: str) -> "click.exceptions.Exit":
-    click.echo(f"placement: {message}", err=True)
-    return click.exceptions.Exit(WRONG)
 
 
 def _check(
@@ -213,7 +207,9 @@ def run(
     try:
         given = parse_kinds(kinds)
         checked = Settings(**settings)
-        _check(nodes, store, (report, witness_file), given, checked)
+        # With an engine, that looks at the store.
+        place = store if engine is None else None
+        _check(nodes, place, (report, witness_file), given, checked)
         changes: list[Change] = [
             *(parse_change("kill", text) for text in kill),
             *(parse_change("join", text) for text in join),
@@ -227,7 +223,7 @@ def run(
         ordered = check_changes(changes, names, len(read))
         calm_collector()
     except ValueError as error:
-        raise _wrong(str(error)) from None
+        raise wrong(str(error)) from None
     if engine is not None:
         witnessed = None if witness_file is None else Path(witness_file)
         _run_on(
@@ -249,7 +245,7 @@ def run(
                 None if witness_file is None else Path(witness_file)
             )
         except OSError as error:
-            raise _wrong(f"{witness_file}: {error.strerror}") from None
+            raise wrong(f"{witness_file}: {error.strerror}") from None
         try:
             cluster = Cluster.embedded(
                 nodes=names,
@@ -259,7 +255,7 @@ def run(
                 **settings,
             )
         except (StoreInUse, BadStore, BadKind, BadIdentity) as error:
-            raise _wrong(str(error)) from None
+            raise wrong(str(error)) from None
         except (StoreFailure, PlacementError) as error:
             click.echo(f"placement: {error}", err=True)
             raise click.exceptions.Exit(FAILED) from None
@@ -296,7 +292,7 @@ def _run_on(
         try:
             entry = stack.enter_context(entry_to(engine, store, settings))
         except (ValueError, NatsFailure, StoreFailure, PlacementError) as error:
-            raise _wrong(str(error)) from None
+            raise wrong(str(error)) from None
         target = RunningNodes(entry)
         outcome, is_interrupted = _deliver(target, read, given, (), began)
         names = target.nodes

@@ -13,9 +13,9 @@ from typing import Any
 
 import click
 
-from actors.client_command import check_place, wrong
 from actors.engine import Settings
 from actors.engine_url import engine_text
+from actors.exits import FAILED, wrong
 from actors.kind import BadKind, Kind, load_kind
 from actors.log import log, to_stderr
 from actors.nats_connection import NatsFailure
@@ -27,7 +27,6 @@ from placement.errors import PlacementError
 from placement.event import Event, PlacementEvent
 from placement.identity import BadIdentity, Identity
 
-FAILED = 1
 DRAIN_S = 30.0
 
 
@@ -148,7 +147,6 @@ def node_command(
     # From now on: a signal during the start is no crash either.
     with asked_by_signals() as asked:
         try:
-            check_place(store)
             hosted = parse_kinds(kinds, tallies=True)
             checked = Settings(**settings)
             for each in hosted.values():

@@ -10,17 +10,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from actors.defects import DEFECTS
+from actors.exits import FAILED, wrong
 from actors.faults import BadFaults, parse_faults
 from actors.simulate import Sum, Witnessed, shrink, simulate
 from actors.trial import Scenario
 
-FAILED, WRONG = 1, 2
 _SEED_MAX = 2**63 - 1
-
-
-def _wrong(message: str) -> click.exceptions.Exit:
-    click.echo(f"placement: {message}", err=True)
-    return click.exceptions.Exit(WRONG)
 
 
 def _seed_of(text: str) -> int:
@@ -34,7 +29,7 @@ def _seed_of(text: str) -> int:
     except ValueError:
         seed = -1
     if not 0 <= seed <= _SEED_MAX:
-        raise _wrong(f"--seed {text!r} is neither random nor a number from 0 on")
+        raise wrong(f"--seed {text!r} is neither random nor a number from 0 on")
     return seed
 
 
@@ -85,7 +80,7 @@ def simulate_command(
             _list_defects()
         return
     if defect and defect not in DEFECTS:
-        raise _wrong(f"unknown defect {defect!r}; known are {', '.join(DEFECTS)}")
+        raise wrong(f"unknown defect {defect!r}; known are {', '.join(DEFECTS)}")
     for name, number in (
         ("--nodes", nodes),
         ("--requests", requests),
@@ -93,15 +88,15 @@ def simulate_command(
         ("--jobs", jobs),
     ):
         if number < 1:
-            raise _wrong(f"{name} must be at least 1, not {number}")
+            raise wrong(f"{name} must be at least 1, not {number}")
     if identities < 2:  # noqa: PLR2004  one calls another
-        raise _wrong(f"--identities must be at least 2, not {identities}")
+        raise wrong(f"--identities must be at least 2, not {identities}")
     if trace is not None and not Path(trace).absolute().parent.is_dir():
-        raise _wrong(f"{trace}: there is no such folder")
+        raise wrong(f"{trace}: there is no such folder")
     try:
         named = parse_faults(faults)
     except BadFaults as error:
-        raise _wrong(f"--faults: {error}") from None
+        raise wrong(f"--faults: {error}") from None
     first = _seed_of(seed)
     scenario = Scenario(
         nodes=nodes,

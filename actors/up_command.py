@@ -14,18 +14,18 @@ from typing import Any
 
 import click
 
-from actors.client_command import check_place, wrong
 from actors.cluster import names_of
 from actors.engine import Settings
+from actors.exits import FAILED, wrong
 from actors.nats_server import find_server
 from actors.node_command import (
     DRAIN_S,
-    FAILED,
     Asked,
     asked_by_signals,
     cluster_options,
     parse_kinds,
 )
+from actors.store_url import check_store
 
 START_S = 30.0
 #: The kind of the sample that `run` delivers.
@@ -193,7 +193,8 @@ def up_command(
             sys.path.insert(0, "")
             for each in parse_kinds(kinds, tallies=True).values():
                 each.check(checked.margin_s)
-            check_place(store)
+            if store is not None:
+                check_store(store)
             find_server()
             folder = _folder(stack, data)
         except ValueError as error:
