@@ -23,6 +23,8 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import unquote
 
+from actors.url_options import read_options
+
 __all__ = ["BadNatsUrl", "NatsUrl", "parse_nats_url"]
 
 _HOST = re.compile(r"\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9_.-]+")
@@ -115,7 +117,14 @@ def parse_nats_url(url: str, *, more: Sequence[str] = ()) -> NatsUrl:
     if slash and path:
         raise BadNatsUrl(f"NATS nats://{hosts}: nothing may follow the first /")
     known = f"NATS nats://{','.join(servers)}"
-    given = _options(known, query, (*_OPTIONS, *more))
+
+    def refuse(why: str) -> BadNatsUrl:
+        return BadNatsUrl(f"{known}: {why}")
+
+    # Nothing may follow a ? here: a store adds its own to what an engine has.
+    names = (*_OPTIONS, *more)
+    options = read_options(query, names, refuse=refuse) if query else {}
+    given = {name: option.value for name, option in options.items()}
     fields: dict[str, Any] = {
         name: Path(given[name]) for name in _FILES if name in given
     }
@@ -144,8 +153,8 @@ def parse_nats_url(url: str, *, more: Sequence[str] = ()) -> NatsUrl:
     ways = [w for w in ("user", "token", "creds", "nkey") if w in fields]
     if len(ways) > 1:
         raise BadNatsUrl(f"{known}: {' and '.join(ways)} are given; one is enough")
-    options = MappingProxyType({n: v for n, v in given.items() if n in more})
-    return NatsUrl(servers=servers, options=options, **fields)
+    others = MappingProxyType({n: v for n, v in given.items() if n in more})
+    return NatsUrl(servers=servers, options=others, **fields)
 
 
 def _server(text: str) -> str:
@@ -158,19 +167,3 @@ def _server(text: str) -> str:
     if not _PORT.fullmatch(port) or not 0 < int(port) < 1 << 16:
         raise BadNatsUrl(f"NATS server {host}: its port must be 1 to 65535")
     return f"{host}:{int(port)}"
-
-
-def _options(known: str, query: str, names: Sequence[str]) -> dict[str, str]:
-    options: dict[str, str] = {}
-    for part in query.split("&") if query else ():
-        name, equals, value = part.partition("=")
-        if name not in names:
-            raise BadNatsUrl(
-                f"{known}: unknown option {name!r}; known are {', '.join(names)}"
-            )
-        if not equals or not value:
-            raise BadNatsUrl(f"{known}: option {name} has no value")
-        if name in options:
-            raise BadNatsUrl(f"{known}: option {name} is given twice")
-        options[name] = unquote(value)
-    return options

@@ -8,7 +8,6 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, LiteralString, TypeAlias, TypeVar
-from urllib.parse import unquote
 from zlib import crc32
 
 import psycopg
@@ -18,6 +17,7 @@ from psycopg.pq import Conninfo, TransactionStatus
 
 from actors.store_memory import BadStore
 from actors.store_secrets import is_secret, without_secrets
+from actors.url_options import Option, number_of, read_options
 from placement.contracts import StoreFailure
 
 PROGRAM = "actor-placement"
@@ -25,6 +25,8 @@ SCHEMA_VERSION = 1
 
 _SERVER_VERSION_MIN = 120_000
 
+_OPTIONS = {"schema", "timeout_ms", "ssl"}
+_KNOWN = "schema, timeout_ms, and those of libpq, such as sslmode"
 _TIMEOUT_MS_MAX = 600_000
 
 # Beyond the time that the server has to end a statement by itself.
@@ -414,17 +416,24 @@ def parse_postgres(url: str) -> PostgresDatabase:
             f"store {shown!r}: in a user, password or option, / ? and @ are "
             "written %2F %3F %40"
         )
-    options = _options(shown, query) if mark else []
+
+    def refuse(why: str) -> BadStore:
+        return BadStore(f"store {shown!r}: {why}")
+
+    known = {each.keyword.decode() for each in Conninfo.get_defaults()} | _OPTIONS
+    options = read_options(query, known, names=_KNOWN, refuse=refuse) if mark else {}
     schema, timeout_ms = "placement", 2_000
     kept = []
-    for name, value, written in options:
+    for name, (value, written) in options.items():
         match name:
             case "schema":
                 schema = _checked_schema(shown, value)
             case "timeout_ms":
-                timeout_ms = _number(shown, name, value, largest=_TIMEOUT_MS_MAX)
+                timeout_ms = number_of(
+                    name, value, largest=_TIMEOUT_MS_MAX, refuse=refuse
+                )
             case "connect_timeout":
-                _number(shown, name, value, largest=_TIMEOUT_MS_MAX // 1_000)
+                number_of(name, value, largest=_TIMEOUT_MS_MAX // 1_000, refuse=refuse)
                 kept.append(written)
             case _:
                 kept.append(written)
@@ -440,7 +449,7 @@ def parse_postgres(url: str) -> PostgresDatabase:
         if not port.isdecimal():
             raise BadStore(f"store {shown!r}: the port is not a number")
     return PostgresDatabase(
-        url=_url_without_secrets(scheme, authority, path, options),
+        url=_url_without_secrets(scheme, authority, path, options.values()),
         # Whatever the environment says: identities and sessions are any text.
         conninfo=make_conninfo(
             **{**_DEFAULTS, **parameters, "client_encoding": "UTF8"}
@@ -448,26 +457,6 @@ def parse_postgres(url: str) -> PostgresDatabase:
         schema=schema,
         timeout_ms=timeout_ms,
     )
-
-
-def _options(shown: str, query: str) -> list[tuple[str, str, str]]:
-    """Each option's name and value, and how it is written."""
-    known = {each.keyword.decode() for each in Conninfo.get_defaults()} | {"ssl"}
-    options: list[tuple[str, str, str]] = []
-    for part in query.split("&"):
-        written, _, value = part.partition("=")
-        name = unquote(written)
-        if not name or not value:
-            raise BadStore(f"store {shown!r}: an option is not name=value")
-        if name not in known | {"schema", "timeout_ms"}:
-            raise BadStore(
-                f"store {shown!r}: unknown option {name!r}; known are schema, "
-                "timeout_ms, and those of libpq, such as sslmode"
-            )
-        if any(name == each for each, *_ in options):
-            raise BadStore(f"store {shown!r}: option {name!r} is given twice")
-        options.append((name, unquote(value), part))
-    return options
 
 
 def _checked_schema(shown: str, name: str) -> str:
@@ -479,18 +468,14 @@ def _checked_schema(shown: str, name: str) -> str:
     return name
 
 
-def _number(shown: str, name: str, value: str, *, largest: int) -> int:
-    if not re.fullmatch("[0-9]{1,6}", value) or not 1 <= int(value) <= largest:
-        raise BadStore(f"store {shown!r}: {name} must be a number from 1 to {largest}")
-    return int(value)
-
-
 def _url_without_secrets(
-    scheme: str, authority: str, path: str, options: Iterable[tuple[str, str, str]]
+    scheme: str, authority: str, path: str, options: Iterable[Option]
 ) -> str:
     """The URL again, which opens the store for whoever has the password."""
     user, at, host = authority.rpartition("@")
-    query = "&".join(part for *_, part in options if not is_secret(part))
+    query = "&".join(
+        option.written for option in options if not is_secret(option.written)
+    )
     return (
         f"{scheme}://{user.partition(':')[0]}{at}{host}"
         f"{'/' if path else ''}{path}{'?' if query else ''}{query}"

@@ -64,6 +64,7 @@ from actors.store_memory import (
     check_numbers,
     wall_ms,
 )
+from actors.url_options import number_of
 from placement.contracts import (
     Acquire,
     Acquired,
@@ -94,7 +95,6 @@ if TYPE_CHECKING:
 OPTIONS = ("cluster", "replicas", "timeout_ms")
 
 _CLUSTER = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
-_NUMBER = re.compile(r"[0-9]{1,10}\Z")
 _REPLICAS_MAX = 5  # JetStream's own
 _TIMEOUT_MS_DEFAULT, _TIMEOUT_MS_MAX = 2_000, 600_000
 
@@ -181,12 +181,13 @@ class NatsPlace:
 
 
 def _number(server: NatsUrl, name: str, largest: int) -> int | None:
+    def refuse(why: str) -> BadStore:
+        return BadStore(f"{server}: {why}")
+
     text = server.options.get(name)
-    if text is None:
-        return None
-    if not _NUMBER.match(text) or not 1 <= int(text) <= largest:
-        raise BadStore(f"{server}: {name} must be a number from 1 to {largest}")
-    return int(text)
+    return (
+        None if text is None else number_of(name, text, largest=largest, refuse=refuse)
+    )
 
 
 class _Lost(StoreFailure):

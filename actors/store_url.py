@@ -10,11 +10,10 @@ A path may be percent-encoded. Options of `sqlite:///` follow a `?`:
 `synchronous` (OFF, NORMAL, FULL, EXTRA; FULL), `busy_timeout_ms` (2000) and
 `max_pages` (of 4 KiB, 0 for no bound; 0). Options of `nats://` are `cluster`
 (default), `replicas` (3 in a cluster of servers, else 1), `timeout_ms` (2000) and
-those of `actors.nats_connection`; of `postgresql://` they are `schema` (placement),
+those of `actors.nats_url`; of `postgresql://` they are `schema` (placement),
 `timeout_ms` (2000) and those of libpq, such as `sslmode`.
 """
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from urllib.parse import unquote
 from actors.store_memory import BadStore, MemoryStore, wall_ms
 from actors.store_secrets import without_secrets
 from actors.store_sqlite import SYNCHRONOUS, SqliteFile, SqliteStore
+from actors.url_options import number_of, read_options
 from placement.contracts import Store
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BadStore", "check_store", "open_store"]
 
-_NUMBER = re.compile(r"[0-9]{1,10}")
+_OPTIONS = ("synchronous", "busy_timeout_ms", "max_pages")
 _BUSY_TIMEOUT_MS_MAX = 600_000
 _MAX_PAGES_MAX = 4_294_967_294  # SQLite's own
 
@@ -138,47 +138,23 @@ def _parse_sqlite(url: str, place: str, query: str | None) -> SqliteFile:
         raise BadStore(f"store {url!r}: a path cannot contain a zero byte")
     if name == ":memory:":
         raise BadStore(f"store {url!r}: a store in memory is memory://")
-    options = {} if query is None else _parse_options(url, query)
-    synchronous = options.pop("synchronous", "FULL").upper()
+
+    def refuse(why: str) -> BadStore:
+        return BadStore(f"store {url!r}: {why}")
+
+    options = {} if query is None else read_options(query, _OPTIONS, refuse=refuse)
+    given = {name: option.value for name, option in options.items()}
+    synchronous = given.get("synchronous", "FULL").upper()
     if synchronous not in SYNCHRONOUS:
-        raise BadStore(
-            f"store {url!r}: synchronous must be one of {', '.join(SYNCHRONOUS)}"
-        )
-    busy_timeout_ms = _number(
-        url, options, "busy_timeout_ms", default=2_000, largest=_BUSY_TIMEOUT_MS_MAX
-    )
-    max_pages = _number(url, options, "max_pages", default=0, largest=_MAX_PAGES_MAX)
-    if options:
-        raise BadStore(
-            f"store {url!r}: unknown option {min(options)!r}; "
-            "known are synchronous, busy_timeout_ms and max_pages"
-        )
+        raise refuse(f"synchronous must be one of {', '.join(SYNCHRONOUS)}")
+
+    def number(name: str, default: int, largest: int) -> int:
+        text = given.get(name, str(default))
+        return number_of(name, text, smallest=0, largest=largest, refuse=refuse)
+
     return SqliteFile(
         path=Path(name),
         synchronous=synchronous,
-        busy_timeout_ms=busy_timeout_ms,
-        max_pages=max_pages,
+        busy_timeout_ms=number("busy_timeout_ms", 2_000, _BUSY_TIMEOUT_MS_MAX),
+        max_pages=number("max_pages", 0, _MAX_PAGES_MAX),
     )
-
-
-def _parse_options(url: str, query: str) -> dict[str, str]:
-    options: dict[str, str] = {}
-    for part in query.split("&"):
-        name, equals, value = part.partition("=")
-        if not name or not equals or not value:
-            raise BadStore(f"store {url!r}: option {part!r} is not name=value")
-        if name in options:
-            raise BadStore(f"store {url!r}: option {name!r} is given twice")
-        options[name] = value
-    return options
-
-
-def _number(
-    url: str, options: dict[str, str], name: str, *, default: int, largest: int
-) -> int:
-    text = options.pop(name, None)
-    if text is None:
-        return default
-    if not _NUMBER.fullmatch(text) or int(text) > largest:
-        raise BadStore(f"store {url!r}: {name} must be a number from 0 to {largest}")
-    return int(text)
