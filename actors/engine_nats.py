@@ -28,10 +28,11 @@ from actors.nats_connection import (
     NatsUrl,
     parse_nats_url,
 )
+from actors.nats_token import token_of
 from actors.store_nats import OPTIONS as OF_STORE
 from actors.store_nats import NatsPlace
 from actors.store_url import BadStore, check_store, open_store
-from actors.transport_nats import NatsTransport, token_of
+from actors.transport_nats import NatsTransport
 from messages.frames import VERSION
 from messages.pack import pack
 from placement.contracts import Store

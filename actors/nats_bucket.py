@@ -42,8 +42,6 @@ _ANSWERS_MAX = 1 << 20
 _ANSWER_BYTES_MAX = 1 << 30
 REPLICAS_IN_A_CLUSTER = 3
 
-_SAFE = re.compile(r"[A-Za-z0-9_/-]+\Z")
-_UNSAFE = re.compile(rb"[^A-Za-z0-9_/-]")
 _REFUSED = re.compile(
     r'permissions violation for (publish|subscription) to "([^"]+)"', re.IGNORECASE
 )
@@ -109,20 +107,6 @@ _read_ack = msgspec.json.Decoder(_Ack)
 _read_got = msgspec.json.Decoder(_Got)
 _read_done = msgspec.json.Decoder(_Done)
 _Answer = TypeVar("_Answer", _Ack, _Got, _Done)
-
-
-def token_of(text: str) -> str:
-    """One token of a key that stands for `text` alone.
-
-    What a key may hold stays; every other byte becomes `=` and two hexadecimal
-    digits.
-
-    Raises:
-        UnicodeEncodeError: `text` is not valid UTF-8.
-    """
-    if _SAFE.match(text):
-        return text
-    return _UNSAFE.sub(lambda byte: b"=%02X" % byte[0][0], text.encode()).decode()
 
 
 class Bucket:

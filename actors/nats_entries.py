@@ -28,9 +28,9 @@ from actors.nats_bucket import (
     NotDone,
     NotNow,
     WrongRevision,
-    token_of,
 )
 from actors.nats_sessions import NatsSessions
+from actors.nats_token import key_token_of
 from actors.store_memory import RecordStore, Row, Unstorable
 from placement.contracts import (
     Acquire,
@@ -140,7 +140,8 @@ def _row_of(stored: _StoredEntry, revision: int) -> Row:
 
 def _part_keys(identity: Identity, parts: _Parts) -> list[str]:
     return [
-        f"p.{token_of(identity)}.{parts.name}.{number}" for number in range(parts.count)
+        f"p.{key_token_of(identity)}.{parts.name}.{number}"
+        for number in range(parts.count)
     ]
 
 
@@ -308,7 +309,7 @@ class _Deed:
         self.bucket, self.batch, self.place, self.until = bucket, batch, place, until
         self.request = batch.requests[place]
         self.identity: Identity = self.request.identity
-        self.key = f"e.{token_of(self.identity)}"
+        self.key = f"e.{key_token_of(self.identity)}"
         self.has_read = False
         self.upload: _Parts | None = None
 
@@ -540,7 +541,7 @@ class NatsEntries:
         """
         bucket, identity = deed.bucket, deed.identity
         with suppress(BucketError, ValueError):
-            left = await bucket.keys(f"p.{token_of(identity)}.>", until=deed.until)
+            left = await bucket.keys(f"p.{key_token_of(identity)}.>", until=deed.until)
             names = {key.split(".")[2] for key in left} - {used.name}
             for name in sorted(names):
                 if int(name.partition("-")[0]) < fencing_token:
@@ -552,4 +553,6 @@ class NatsEntries:
     ) -> None:
         """Remove parts that no entry names any more; what is left does no harm."""
         with suppress(BucketError):
-            await bucket.purge(f"p.{token_of(identity)}.{parts.name}.>", until=until)
+            await bucket.purge(
+                f"p.{key_token_of(identity)}.{parts.name}.>", until=until
+            )

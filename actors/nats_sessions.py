@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import msgspec
 
-from actors.nats_bucket import Bucket, BucketError, NotDone, WrongRevision, token_of
+from actors.nats_bucket import Bucket, BucketError, NotDone, WrongRevision
+from actors.nats_token import key_token_of
 from placement.contracts import SessionRecord, SessionView
 from placement.topology import Member, SessionId, Topology
 
@@ -47,7 +48,7 @@ _cluster_from = msgspec.msgpack.Decoder(_StoredCluster).decode
 
 
 def _session_key(session: SessionId) -> str:
-    return f"s.{token_of(session)}"
+    return f"s.{key_token_of(session)}"
 
 
 def _session_data(record: SessionRecord) -> bytes:

@@ -9,7 +9,6 @@ FROM, and to `node` or `client`; what a frame says of its sender must be the sam
 Members listen to both; a client listens to what nodes say to it.
 """
 
-import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ from functools import partial
 
 from actors.dispatch import Dispatcher
 from actors.nats_connection import ConnectionEvent, NatsConnection
+from actors.nats_token import text_of_token, token_of
 from actors.transport import Origin, Receive
 from messages.codec import FRAME_BYTES_MAX, BadFrame
 from messages.pack import unpack
 from placement.event import Happened
 from placement.topology import Address, node_of
 
-__all__ = ["NatsTransport", "subject_of", "token_of"]
+__all__ = ["NatsTransport", "subject_of", "text_of_token", "token_of"]
 
 #: What waits for the dispatcher, in bytes of frames; more is dropped and counted.
 INBOUND_BYTES_MAX = 64 << 20
@@ -31,34 +31,8 @@ INBOUND_BYTES_MAX = 64 << 20
 #: bytes one client may have a quarter, and all of them a half: the rest is for nodes.
 CLIENT_FRAMES_MAX = 8_192
 _REMEMBERED_MAX = 10_000
-_PLAIN = re.compile(rb"[^A-Za-z0-9_-]")
-_ESCAPED = re.compile(rb"=([0-9A-F]{2})")
 _TOKENS = 7
 _LINGER = 1.25
-
-
-def token_of(text: str) -> str:
-    """`text` as one token of a subject; no two texts have the same."""
-    escaped = _PLAIN.sub(lambda found: b"=%02X" % found[0][0], text.encode())
-    return escaped.decode("ascii")
-
-
-def text_of_token(token: str) -> str:
-    """The text whose token it is.
-
-    Raises:
-        BadFrame: it is no text's token.
-    """
-    try:
-        plain = _ESCAPED.sub(
-            lambda found: bytes.fromhex(found[1].decode()), token.encode()
-        )
-        text = plain.decode()
-    except UnicodeError:
-        text = ""
-    if not text or token_of(text) != token:
-        raise BadFrame(f"{token!r} is no name in a subject")
-    return text
 
 
 def subject_of(cluster: str, to: Address, sender: Address, *, is_node: bool) -> str:

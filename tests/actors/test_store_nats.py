@@ -22,8 +22,9 @@ from nats.errors import ConnectionClosedError
 
 from actors import nats_entries, nats_sessions, store_nats
 from actors.conformance import StoreConformance
-from actors.nats_bucket import Bucket, NoAnswer, NotNow, WrongRevision, token_of
+from actors.nats_bucket import Bucket, NoAnswer, NotNow, WrongRevision
 from actors.nats_connection import NatsConnection, parse_nats_url
+from actors.nats_token import key_token_of
 from actors.store_memory import MemoryStore
 from actors.store_nats import NatsPlace, NatsStore
 from actors.store_url import BadStore, check_store, open_store
@@ -555,7 +556,7 @@ def test_a_snapshot_that_is_too_large_fails_alone(
 
 @given(st.text(min_size=1), st.text(min_size=1))
 def test_texts_that_differ_have_tokens_that_differ(one: str, other: str) -> None:
-    tokens = [token_of(each) for each in (one, other) if is_utf8(each)]
+    tokens = [key_token_of(each) for each in (one, other) if is_utf8(each)]
 
     assert (len(set(tokens)) == 2) == (one != other and len(tokens) == 2)
     for token in tokens:
@@ -897,7 +898,7 @@ def test_r3_5_no_old_reading_makes_an_open_session_look_closed(
 ) -> None:
     view = faulty.renew_session(A, 1)
     assert view is not None
-    faults.stale[f"s.{token_of(B)}"] = deque([None])
+    faults.stale[f"s.{key_token_of(B)}"] = deque([None])
     faults.stale["cluster"] = deque([None])
 
     again = faulty.renew_session(A, 2)
@@ -911,13 +912,13 @@ def test_r3_5_a_session_that_seems_absent_is_not_closed_by_that(
 ) -> None:
     entry = owned(faulty)
     with closing(faulty.another()) as fresh:
-        faults.stale[f"s.{token_of(A)}"] = deque([None])
+        faults.stale[f"s.{key_token_of(A)}"] = deque([None])
 
         acquired_by_b = acquired(fresh, CART, acquisition(B))
 
         assert acquired_by_b.owner_is_open
         assert acquired_by_b.entry.fencing_token == entry.fencing_token
-        faults.stale[f"s.{token_of(A)}"] = deque([None])
+        faults.stale[f"s.{key_token_of(A)}"] = deque([None])
         assert faulty.renew_session(A, 1) is not None
 
 
@@ -925,7 +926,7 @@ def test_r3_5_a_session_that_seems_absent_is_not_closed_by_that(
 def test_r3_5_no_old_reading_confirms_an_opening(
     times: int, faulty: NatsStore, faults: Faults
 ) -> None:
-    key = f"s.{token_of(B)}"
+    key = f"s.{key_token_of(B)}"
     opened = stored(faulty, key)
     assert faulty.close_session(B, 0)
     with closing(faulty.another()) as fresh:
@@ -979,7 +980,7 @@ def test_r3_5_a_session_is_listed_before_its_record_exists(
     assert caught.value.may_have_happened
 
     # Its opener is gone; the write arrives all the same.
-    assert arrive(faulty) == [f"s.{token_of(session)}"]
+    assert arrive(faulty) == [f"s.{key_token_of(session)}"]
 
     names = [each.session for each in faulty.read_sessions().sessions]
     assert names == [A, B, session]
@@ -1647,7 +1648,7 @@ def test_a_damaged_record_is_a_failure_and_never_taken_for_absent(
     servers, _, _ = url.partition("/?")
     subject = f"$KV.placement_{cluster_of(url)}"
     for damage in ("", "\x00", "not ours"):
-        for key in (f"e.{CART}", f"s.{token_of(B)}"):
+        for key in (f"e.{CART}", f"s.{key_token_of(B)}"):
             asked(servers, f"{subject}.{key}", damage)
         with closing(store.another()) as fresh:
             for outcomes in (
