@@ -7,15 +7,6 @@ Times are virtual nanoseconds of the one true clock, which no node can read.
 
 from typing import Any, NamedTuple, TypeAlias
 
-from placement.errors import (
-    BadMessage,
-    Deadlock,
-    HandlerFailed,
-    OutcomeUnknown,
-    PlacementError,
-    Rejected,
-)
-
 
 class Asked(NamedTuple):
     """A program on `asker` (an incarnation of a node) asks `identity`.
@@ -261,17 +252,3 @@ Record: TypeAlias = (
     | WorkDone
     | Sought
 )
-
-
-def outcome_of(error: BaseException) -> tuple[str, str]:
-    """How an ask ended that was not answered, and why: for `Ended`."""
-    reason = f"{type(error).__name__}: {error}"
-    match error:
-        # A message is found bad where its handler's types look at it: entered.
-        case HandlerFailed() | Deadlock() | Rejected() | BadMessage():
-            return "failed", reason
-        case OutcomeUnknown():
-            return "unknown", reason
-        case PlacementError() if not error.may_have_happened:
-            return "refused", reason
-    return "unknown", reason

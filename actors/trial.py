@@ -39,9 +39,8 @@ from actors.trace import (
     Sought,
     Told,
     WorkDone,
-    outcome_of,
 )
-from actors.workload import Order, kinds_on, spread
+from actors.workload import Order, kinds_on, outcome_of, spread
 
 TTL_S = 2.0
 IDLE_S = 4 * TTL_S
