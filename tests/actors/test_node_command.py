@@ -536,14 +536,21 @@ def test_r2_5_a_process_that_stood_still_handles_nothing_before_it_is_back(
     report = place.folder / "report"
     with place.nodes(3) as nodes:
         more = ("--report", str(report), "--ask-timeout", "20")
-        with place.under_way(requests, *more) as run:
+        with place.entry() as entry, place.under_way(requests, *more) as run:
+            eventually(lambda: len(entry.topology.members) == 3)
             nodes[0].signal(signal.SIGSTOP)
+            stopped_s = time.monotonic()
             run.signal(signal.SIGCONT)
-            # What is tested is that so much time goes by while it stands still.
-            time.sleep(3 * place.ttl_s)
+            # It stands still until the others have taken it for gone and begun to host
+            # what it hosted, and for three times to live at least.
+            eventually(
+                lambda: (
+                    nodes[0].name not in {each.node for each in entry.topology.members}
+                )
+            )
+            eventually(lambda: time.monotonic() >= stopped_s + 3 * place.ttl_s)
             nodes[0].signal(signal.SIGCONT)
             assert run.wait(120) == 0, run.err
-        with place.entry() as entry:
             # It is a member again, under another session.
             eventually(lambda: len(entry.topology.members) == 3)
             sessions = [str(member.session) for member in entry.topology.members]

@@ -260,6 +260,32 @@ def test_what_makes_no_sense_is_refused() -> None:
 # --- the real clock ---
 
 
+MODULES: dict[str, Any] = {"time": time, "random": random, "uuid": uuid}
+NOW, AFTER, CHANCE = (
+    "self.context.now()",
+    "self.context.after(seconds, call)",
+    "self.context.random",
+)
+REFUSED: tuple[tuple[str, str, list[Any], str], ...] = (
+    ("time", "time", [], NOW),
+    ("time", "time_ns", [], NOW),
+    ("time", "monotonic", [], NOW),
+    ("time", "monotonic_ns", [], NOW),
+    ("time", "sleep", [0], AFTER),
+    ("random", "choice", ["ab"], CHANCE),
+    ("random", "choices", ["ab"], CHANCE),
+    ("random", "getrandbits", [3], CHANCE),
+    ("random", "randint", [1, 2], CHANCE),
+    ("random", "random", [], CHANCE),
+    ("random", "randrange", [2], CHANCE),
+    ("random", "sample", ["ab", 1], CHANCE),
+    ("random", "shuffle", [[]], CHANCE),
+    ("random", "uniform", [1, 2], CHANCE),
+    ("uuid", "uuid1", [], CHANCE),
+    ("uuid", "uuid4", [], CHANCE),
+)
+
+
 class Worldly(Grain):
     """Reads what the simulation does not rule."""
 
@@ -269,15 +295,11 @@ class Worldly(Grain):
 
     async def on_receive(self, message: Any) -> Any:
         match message:
-            case "time":
-                return time.time()
+            case ["call", module, function, *arguments]:
+                return getattr(MODULES[module], function)(*arguments)
             case "later":
                 await self.context.ref("echo/1").ask_async(1)
                 return time.monotonic()
-            case "sleep":
-                time.sleep(0)  # noqa: ASYNC251  it is refused
-            case "random":
-                return random.random()
             case "caught":
                 with suppress(RuntimeError):
                     random.shuffle([])
@@ -286,7 +308,7 @@ class Worldly(Grain):
             case "right":
                 return [self.context.now(), self.context.random.random()]
             case "timer":
-                self.context.after(1.0, lambda: time.sleep(0))  # refused, as above
+                self.context.after(1.0, lambda: time.sleep(0))
             case "put":
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(time, "time", lambda: 3.0)
@@ -314,14 +336,15 @@ def worldly() -> Iterator[SimulatedCluster]:
 @pytest.mark.parametrize(
     ("message", "function", "remedy"),
     [
-        ("time", "time.time", "self.context.now()"),
-        ("later", "time.monotonic", "self.context.now()"),
-        ("sleep", "time.sleep", "self.context.after(seconds, call)"),
-        ("random", "random.random", "self.context.random"),
+        *(
+            (["call", module, name, *arguments], f"{module}.{name}", remedy)
+            for module, name, arguments, remedy in REFUSED
+        ),
+        ("later", "time.monotonic", NOW),
     ],
 )
 def test_a_grain_that_reads_the_real_clock_is_told_the_line_and_the_remedy(
-    worldly: SimulatedCluster, message: str, function: str, remedy: str
+    worldly: SimulatedCluster, message: Any, function: str, remedy: str
 ) -> None:
     with pytest.raises(HandlerFailed) as failed:
         worldly.ref("worldly/1").ask(message)
@@ -363,7 +386,7 @@ def test_logs_the_context_and_what_a_test_puts_in_place_go_on(
     assert worldly.ref("worldly/1").ask("put") == 3.0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "time", lambda: 4.0)
-        assert worldly.ref("worldly/1").ask("time") == 4.0
+        assert worldly.ref("worldly/1").ask(["call", "time", "time"]) == 4.0
     worldly.check()
 
 

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
@@ -573,16 +572,38 @@ class HasNoUrl(MemoryStore):
 
 
 class LetsThreadsIn(MemoryStore):
+    """Between reading a row and writing it another thread has its turn.
+
+    Not by luck: the first of several threads that reads a row goes on with what it
+    has read when another thread has claimed that identity.
+    """
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        self._maker = threading.get_ident()
+        self._is_first = threading.Lock()
+        self._is_claimed = threading.Event()
+
+    def another(self) -> MemoryStore:
+        other: Any = super().another()
+        other._maker, other._is_first = self._maker, self._is_first
+        other._is_claimed = self._is_claimed
+        return other  # type: ignore[no-any-return]
+
     def _call(self, *, writes: bool) -> AbstractContextManager[object]:
         return nullcontext()
 
     def _row(self, identity: Identity) -> Row:
         row = super()._row(identity)
-        # What is wrong with it: between reading a row and writing it others have
-        # their turn. Any sleep gives them one; without it this is rare, and the
-        # suite would let it pass by luck.
-        time.sleep(0.0001)
+        is_another = threading.get_ident() != self._maker
+        if is_another and self._is_first.acquire(blocking=False):
+            assert self._is_claimed.wait(30)
         return row
+
+    def _keep_row(self, identity: Identity, row: Row) -> None:
+        super()._keep_row(identity, row)
+        if row.owner is not None:
+            self._is_claimed.set()
 
 
 WRONG_STORES = {

@@ -2,10 +2,10 @@
 
 import gc
 import os
-import random
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from decimal import Decimal
@@ -1002,26 +1002,29 @@ def test_r3_4_connections_ended_under_load_take_nothing_confirmed_back(
     postgres: PostgresServer, schema: str
 ) -> None:
     url = postgres.url(f"schema={schema}&application_name={schema}")
-    chance = random.Random(7)
-    ended = 0
+    ended = Counter[bool]()
     with writing(url, 4) as writers, postgres.connect() as killer:
 
         def batches() -> list[int]:
             assert all(writer.thread.is_alive() for writer in writers)
             return [writer.batches for writer in writers]
 
-        while ended < 300:
+        for _ in range(5_000):
             before = sum(batches())
             found = killer.execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                "SELECT pg_terminate_backend(pid),"
+                " query ~ 'COMMIT' AND state = 'active' FROM pg_stat_activity"
                 " WHERE application_name = %s AND (random() < 0.5 OR query ~ 'COMMIT')",
                 [schema],
             ).fetchall()
-            ended += len(found)
+            ended.update(in_commit for _, in_commit in found)
             # Somebody is served in spite of it, however slow all of them are.
             eventually(lambda before=before: sum(batches()) > before)  # type: ignore[misc]
-            # And they are to be hit anywhere in a transaction.
-            time.sleep(chance.random() * 0.03)
+            if ended.total() >= 300 and min(ended[True], ended[False]) >= 10:
+                break
+        # Many, and of each kind: while they commit, and anywhere else.
+        assert ended.total() >= 300
+        assert min(ended[True], ended[False]) >= 10
         eventually(lambda: min(batches()) >= 25)
 
     check_all_is_there(url, writers)

@@ -360,22 +360,41 @@ connection.close()
 
 def test_what_another_process_locks_for_a_while_is_waited_for(path: Path) -> None:
     code = """
-import sqlite3, sys, time
+import sqlite3, sys
 connection = sqlite3.connect(sys.argv[1], isolation_level=None)
 connection.execute("BEGIN IMMEDIATE")
 print("locked", flush=True)
-time.sleep(0.3)  # a lock that is held for a while is what is tested
+while sys.stdin.readline() == "still?\\n":
+    print("still locked", flush=True)
 connection.execute("ROLLBACK")
 connection.close()
 """
+    begun, owned = threading.Event(), list[ActivationEntry]()
+
+    def look(statement: str) -> None:
+        if statement.startswith("BEGIN IMMEDIATE"):
+            begun.set()
+
     with opened(path, "?busy_timeout_ms=30000") as store:
         other = start(code, path)
         assert other.stdout is not None
+        assert other.stdin is not None
         assert other.stdout.readline() == "locked\n"
+        store._connection.set_trace_callback(look)
+        owner = threading.Thread(target=lambda: owned.append(own(store, CART)))
+        owner.start()
+        # It has begun, and the other process holds its lock through many an answer.
+        assert begun.wait(30)
+        for _ in range(300):
+            other.stdin.write("still?\n")
+            other.stdin.flush()
+            assert other.stdout.readline() == "still locked\n"
+        assert not owned
 
-        assert own(store, CART).owner == NODE
+        other.communicate("\n", timeout=30)
+        owner.join(30)
 
-        other.communicate(timeout=30)
+    assert [entry.owner for entry in owned] == [NODE]
 
 
 def test_a_file_that_another_process_is_making_is_waited_for(path: Path) -> None:
