@@ -486,6 +486,10 @@ class GrainActivation:
                 taken.reverse()
                 self._taken = taken
 
+    def _put_back(self, mail: Mail) -> None:
+        """Have it be what is taken next; by whoever has taken it."""
+        self._taken = [*self._taken, mail]
+
     def _schedule(self) -> None:
         if (self._mailbox or self._taken) and not self._is_scheduled:
             self._is_scheduled = True
@@ -505,7 +509,7 @@ class GrainActivation:
             mail.origin.failed(mail, Pending("its time was over before it was handled"))
             return
         if not self._enter(now_ns):
-            self._taken = [*self._taken, mail]
+            self._put_back(mail)
             self._lapse()
             if self._is_sealed:
                 host.seal(self)

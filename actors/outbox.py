@@ -172,7 +172,7 @@ class Outbox:
             payload,
             request_id,
             chain,
-            deadline_ns if is_ask else 0,  # how long a tell is in a mailbox: as it is
+            deadline_ns if is_ask else 0,  # a tell waits as long as it takes
             is_ask,
             self,
             number,

@@ -12,8 +12,8 @@ from actors.context import Timer
 from actors.future import Future
 from actors.node import PlacementNode
 from actors.outbox import Outbox
+from actors.outcome import outcome_of
 from actors.trace import Asked, Ended, Entered, Record, Told
-from actors.workload import outcome_of
 from actors.world import ProcessClock, World
 from placement.entry import ActivationRecord, Pid
 from placement.identity import Identity

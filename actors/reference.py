@@ -88,10 +88,7 @@ class Ref:
             BadMessage: `message` or `request_id` cannot be carried.
             ValueError: `timeout` is none.
         """
-        if request_id != "":
-            request_id = request_id_of(request_id)
-        if timeout is not None:
-            timeout = timeout_of(timeout)
+        request_id, timeout = request_id_of(request_id), timeout_of(timeout)
         if not block:
             return self._sender.ask(
                 self.identity, message, timeout=timeout, request_id=request_id
@@ -110,10 +107,7 @@ class Ref:
         request_id: str = "",
     ) -> Any:
         """Ask; awaiting it blocks neither an event loop nor a Grain's dispatcher."""
-        if request_id != "":
-            request_id = request_id_of(request_id)
-        if timeout is not None:
-            timeout = timeout_of(timeout)
+        request_id, timeout = request_id_of(request_id), timeout_of(timeout)
         return await self._sender.ask(
             self.identity, message, timeout=timeout, request_id=request_id
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 import pykka
 
-from actors.activation import GrainActivation
+from actors.activation import GrainActivation, Mail
 from actors.dispatch import Dispatcher, Timer
 from actors.future import running
 from actors.kind import Kind
@@ -345,6 +345,11 @@ class ThreadedActivation(GrainActivation):
         # Its own thread takes to handle, whoever seals it to give back.
         with self._taking:
             return super()._take_mail()
+
+    def _put_back(self, mail: Mail) -> None:
+        # Whoever seals it just now must not give back what is copied here.
+        with self._taking:
+            super()._put_back(mail)
 
     # --- ending ---
 

@@ -24,6 +24,7 @@ from actors.future import Future
 from actors.kind import Kind
 from actors.node import PlacementNode
 from actors.observer import Bounds, Violation, observe
+from actors.outcome import outcome_of
 from actors.simulation import PARTITIONS, Process, Shared
 from actors.trace import (
     Asked,
@@ -40,7 +41,7 @@ from actors.trace import (
     Told,
     WorkDone,
 )
-from actors.workload import Order, kinds_on, outcome_of, spread
+from actors.workload import Order, kinds_on, spread
 
 TTL_S = 2.0
 IDLE_S = 4 * TTL_S

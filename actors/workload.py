@@ -14,17 +14,11 @@ import msgspec
 from actors.future import Future, running
 from actors.grain import Grain
 from actors.kind import Kind, Strategy
+from actors.outcome import outcome_of
 from actors.state import encode_state
 from actors.trace import Asked, Ended, Entered, Leaving, Record
 from actors.world import World
-from placement.errors import (
-    BadMessage,
-    Deadlock,
-    HandlerFailed,
-    OutcomeUnknown,
-    PlacementError,
-    Rejected,
-)
+from placement.errors import PlacementError
 from placement.identity import Identity
 from placement.topology import Member
 
@@ -201,20 +195,6 @@ class LogGrain(_Recorded):
         if not self.stage.is_spread:
             return None
         return encode_state(self.state, self.schema_version)
-
-
-def outcome_of(error: BaseException) -> tuple[str, str]:
-    """How an ask ended that was not answered, and why."""
-    reason = f"{type(error).__name__}: {error}"
-    match error:
-        # A message is found bad where its handler's types look at it: entered.
-        case HandlerFailed() | Deadlock() | Rejected() | BadMessage():
-            return "failed", reason
-        case OutcomeUnknown():
-            return "unknown", reason
-        case PlacementError() if not error.may_have_happened:
-            return "refused", reason
-    return "unknown", reason
 
 
 def spread(

@@ -308,7 +308,7 @@ class Worldly(Grain):
             case "right":
                 return [self.context.now(), self.context.random.random()]
             case "timer":
-                self.context.after(1.0, lambda: time.monotonic())
+                self.context.after(1.0, lambda: round(time.monotonic()))
             case "put":
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(time, "time", lambda: 3.0)

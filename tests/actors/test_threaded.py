@@ -316,3 +316,30 @@ def test_what_has_a_message_waiting_is_not_idle() -> None:
 
         assert waiting.get(timeout=5) == "behind it"
         assert token_of(node, "timed/1") == token
+
+
+class Watched(list[Any]):
+    """Says whether its activation keeps others from taking while it is copied."""
+
+    activation: Any
+    were_kept_out: bool | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        self.were_kept_out = self.activation._taking.locked()
+        return super().__iter__()
+
+
+def test_what_is_put_back_while_another_thread_seals_is_given_back_once() -> None:
+    with PlacementNode("n", kinds=KINDS, **FAST) as node:
+        node.start_member()
+        node.ref("threaded/1").ask(1)
+        registered = node._registry.find(Identity.parse("threaded/1"))
+        assert registered is not None
+        activation: Any = registered.activation
+        taken = Watched(["later"])
+        taken.activation, activation._taken = activation, taken
+
+        activation._put_back("first")
+
+        assert taken.were_kept_out
+        assert [activation._take_mail(), activation._take_mail()] == ["first", "later"]
