@@ -188,14 +188,15 @@ class Postbox:
             if origin is not None:
                 _check(origin, envelope)
         except BadFrame as error:
-            self._publish(
-                Happened(kind="placement", name="FrameRefused", reason=str(error))
-            )
+            self._refused(str(error))
             return
         sender = envelope.sender
         # What is for any node has no order among what is for this one.
         if not to_any:
-            if envelope.number <= self._last_seen.get(sender, 0):
+            last = self._last_seen.get(sender, 0)
+            if envelope.number <= last:
+                if origin is not None:  # no wire that names who speaks repeats
+                    self._refused(f"{sender!r}: {envelope.number} is not above {last}")
                 return
             self._last_seen[sender] = envelope.number
             self._departed.pop(sender, None)
@@ -205,6 +206,9 @@ class Postbox:
             if body is None:
                 return
         self._handle(Address(sender), body)
+
+    def _refused(self, reason: str) -> None:
+        self._publish(Happened(kind="placement", name="FrameRefused", reason=reason))
 
     def _of_client(self, sender: Address, body: Frame, size: int) -> Frame | None:
         """What to handle of what a client says; none where it is refused."""

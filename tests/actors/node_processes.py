@@ -49,6 +49,12 @@ class Process:
     def err(self) -> str:
         return self._err.read_text()
 
+    def err_from(self, at: int) -> bytes:
+        """What it has said to standard error, from there on."""
+        with self._err.open("rb") as file:
+            file.seek(at)
+            return file.read()
+
     @property
     def pid(self) -> int:
         assert self._process is not None
