@@ -12,6 +12,8 @@ from messages.frames import (
     Bounce,
     Deliver,
     Failure,
+    Find,
+    FindRefused,
     Frame,
     Redirect,
     Refused,
@@ -36,6 +38,10 @@ BELIEVED_EVERY_NS = 100_000_000
 
 #: What it has given up by itself is looked for this often: that is a walk over all.
 FORGET_EVERY_NS = 100_000_000
+
+#: How often a client is told the members, in each second; they are many.
+FINDS_MAX = 100
+_SECOND_NS = 1_000_000_000
 
 _Key = tuple[Address, bool, int]
 
@@ -97,11 +103,15 @@ class Clients:
         self._lock = threading.Lock()
         self._clients: dict[str, _Client] = {}
         self._believed_ns = 0
+        self._finds: dict[str, int] = {}
+        self._finds_since_ns = 0
 
     def refuse(
         self, sender: Address, body: Frame, *, size: int, now_ns: int
     ) -> Frame | None:
         """What to answer where that is too much; none: it is taken in."""
+        if isinstance(body, Find):
+            return self._refuse_find(sender, body, now_ns)
         key = _key_of(sender, body)
         if key is None:
             return None
@@ -121,6 +131,21 @@ class Clients:
         if isinstance(body, Resolve):
             return Refused(body.request, body.identity, "Pending", why)
         return Failure(body.message_id, "Overloaded", why, "", {})
+
+    def _refuse_find(
+        self, sender: Address, body: Find, now_ns: int
+    ) -> FindRefused | None:
+        name = node_of(sender)
+        with self._lock:
+            if now_ns - self._finds_since_ns >= _SECOND_NS:
+                self._finds.clear()
+                self._finds_since_ns = now_ns
+            count = self._finds.get(name, 0)
+            if count < FINDS_MAX and (count or len(self._finds) < NAMES_MAX):
+                self._finds[name] = count + 1
+                return None
+        why = f"{name} asks for the members too often"
+        return FindRefused(body.request, "Overloaded", why)
 
     def answered(self, to: Address, body: Frame) -> None:
         """Something is sent to `to`: perhaps what it waits for."""

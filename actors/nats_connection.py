@@ -39,6 +39,7 @@ __all__ = [
     "NatsRefused",
     "NatsUnreachable",
     "NatsUrl",
+    "Subscription",
     "parse_nats_url",
 ]
 
@@ -107,12 +108,16 @@ class ConnectionEvent:
     count: int = 0
 
 
-@dataclass(slots=True)
-class _Wanted:
-    """A subject that is subscribed to on every connection."""
+@dataclass(slots=True, eq=False)
+class Subscription:
+    """A subject that is subscribed to on every connection, until it is ended.
+
+    Of those that name one `queue`, each message comes to one only.
+    """
 
     subject: str
     callback: Callable[[str, bytes], None]
+    queue: str = ""
     held: Any = None
 
 
@@ -144,7 +149,7 @@ class NatsConnection:
         self._listeners: list[Callable[[ConnectionEvent], None]] = []
         # Of the loop's thread, but for reading.
         self._client: Client | None = None
-        self._wanted: dict[str, _Wanted] = {}
+        self._wanted: dict[Subscription, None] = {}
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._refused: set[str] = set()
         self._is_closing = False
@@ -292,34 +297,39 @@ class NatsConnection:
         subject: str,
         callback: Callable[[str, bytes], None],
         *,
+        queue: str = "",
         timeout_s: float = CONNECT_S,
-    ) -> None:
+    ) -> Subscription:
         """Have `callback` called with subject and data, on every connection.
 
         Raises:
             NatsRefused: the server does not permit it.
-            NatsFailure: it is not known whether it has been done.
+            NatsFailure: it is not known whether it was done; it is not any more.
         """
-        wanted = _Wanted(subject, callback)
+        wanted = Subscription(subject, callback, queue)
 
         async def work(client: "Client") -> None:
-            self._wanted[subject] = wanted
+            self._wanted[wanted] = None
             await self._subscribe(client, wanted)
             await _flush(client, timeout_s)
             if subject.lower() in self._refused:
-                del self._wanted[subject]
                 raise NatsRefused(
                     f"NATS {self.url}: it is not permitted to subscribe to {subject}"
                 )
 
-        self.call(work, timeout_s=timeout_s)
+        try:
+            self.call(work, timeout_s=timeout_s)
+        except BaseException:
+            self.unsubscribe(wanted)
+            raise
+        return wanted
 
-    def unsubscribe(self, subject: str) -> None:
-        """Receive nothing more of `subject`; waits for nothing."""
+    def unsubscribe(self, wanted: Subscription) -> None:
+        """Receive nothing more of it; waits for nothing."""
 
         def end() -> None:
-            wanted = self._wanted.pop(subject, None)
-            if wanted is not None and wanted.held is not None and self.is_connected:
+            self._wanted.pop(wanted, None)
+            if wanted.held is not None and self.is_connected:
                 self._spawn(_quietly(wanted.held.unsubscribe()))
 
         self._soon(end)
@@ -478,7 +488,7 @@ class NatsConnection:
             )
             is_up = True
             self._refused.clear()
-            for wanted in tuple(self._wanted.values()):
+            for wanted in tuple(self._wanted):
                 await self._subscribe(client, wanted)
             if self._wanted:
                 # Who hears that it is connected again may be sent something at once.
@@ -537,7 +547,7 @@ class NatsConnection:
         why = client.last_error
         for task in tuple(self._tasks):
             task.cancel()
-        for wanted in self._wanted.values():
+        for wanted in self._wanted:
             wanted.held = None
         self._spawn(_end_client(client))
         if self._is_closing:
@@ -564,12 +574,13 @@ class NatsConnection:
                         self._tell("ReconnectFailed", said := str(error))
             self._tell("Reconnected", "")
 
-    async def _subscribe(self, client: "Client", wanted: _Wanted) -> None:
+    async def _subscribe(self, client: "Client", wanted: Subscription) -> None:
         async def received(message: "Msg") -> None:
             wanted.callback(message.subject, message.data)
 
         wanted.held = await client.subscribe(
             wanted.subject,
+            wanted.queue,
             cb=received,
             pending_msgs_limit=INBOUND_MESSAGES_MAX,
             pending_bytes_limit=INBOUND_BYTES_MAX,

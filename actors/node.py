@@ -1,6 +1,7 @@
 """A node: one member or client of a cluster, inside a program."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ from messages.frames import (
     Bounce,
     Deliver,
     Failure,
+    Find,
+    FindRefused,
+    Found,
     Frame,
     HolderAnswer,
     Mark,
@@ -78,6 +82,9 @@ from placement.registry import VirtualActorRegistry
 from placement.session import Observer, OwnSession
 from placement.topology import Member, SessionId, Topology, address_of
 
+#: So many members are named to a client that asks: the others it hears of by
+#: redirects.
+FOUND_MAX = 64
 STOP_S = 10.0
 START_S = 30.0
 
@@ -895,6 +902,8 @@ class PlacementNode(Verbs):
             case Mark(identity, token, mark):
                 # All that came before it on this way has been handled.
                 self._postbox.send(sender, Marked(identity, token, mark))
+            case Find(request):
+                self._postbox.send(sender, self._members_for(request))
             case Marked(identity, _, mark):
                 self._outbox.on_marked(Identity.parse(identity), mark)
             case (
@@ -908,6 +917,19 @@ class PlacementNode(Verbs):
                 self._tell(self._coordinator, Arrived(sender, body))
             case _:
                 self._tell(self._placement, Arrived(sender, body))
+
+    def _members_for(self, request: int) -> Found | FindRefused:
+        """Members that a client may begin with, this one first if it can be."""
+        table, session = self._adopted, self._session
+        if table is None or not self.finds(session):
+            return FindRefused(request, "NotReady", f"{self.name}: {self._why_not}")
+        owners = [member.session for member in table.topology.owners()]
+        if not owners:
+            return FindRefused(request, "NotReady", "every member is draining")
+        # Each begins elsewhere, so that clients do too.
+        at = bisect_left(owners, session or "")
+        ordered = (*owners[at:], *owners[:at])
+        return Found(request, table.epoch, ordered[:FOUND_MAX])
 
     def _tell(self, actor: pykka.ActorRef[Any], message: Any) -> None:
         try:

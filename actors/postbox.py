@@ -11,11 +11,15 @@ from actors.log import log
 from actors.transport import Origin, Transport
 from messages.codec import BadFrame, Codec
 from messages.frames import (
+    ANY_NODE,
     Answer,
     Bounce,
     Deliver,
     Envelope,
     Failure,
+    Find,
+    FindRefused,
+    Found,
     Frame,
     Mark,
     Resolve,
@@ -177,26 +181,34 @@ class Postbox:
     def _arrived(self, data: bytes, origin: Origin | None = None) -> None:
         if not self._is_open:
             return
+        to_any = origin is not None and origin.to_any
+        receiver = ANY_NODE if to_any else self._address
         try:
-            envelope: Any = self._codec.decode(data, receiver=self._address)
+            envelope: Any = self._codec.decode(data, receiver=receiver)
             if origin is not None:
                 _check(origin, envelope)
         except BadFrame as error:
-            self._publish(
-                Happened(kind="placement", name="FrameRefused", reason=str(error))
-            )
+            self._refused(str(error))
             return
         sender = envelope.sender
-        if envelope.number <= self._last_seen.get(sender, 0):
-            return
-        self._last_seen[sender] = envelope.number
-        self._departed.pop(sender, None)
+        # What is for any node has no order among what is for this one.
+        if not to_any:
+            last = self._last_seen.get(sender, 0)
+            if envelope.number <= last:
+                if origin is not None:  # no wire that names who speaks repeats
+                    self._refused(f"{sender!r}: {envelope.number} is not above {last}")
+                return
+            self._last_seen[sender] = envelope.number
+            self._departed.pop(sender, None)
         body = envelope.body
         if origin is not None and not origin.is_node:
             body = self._of_client(Address(sender), body, len(data))
             if body is None:
                 return
         self._handle(Address(sender), body)
+
+    def _refused(self, reason: str) -> None:
+        self._publish(Happened(kind="placement", name="FrameRefused", reason=reason))
 
     def _of_client(self, sender: Address, body: Frame, size: int) -> Frame | None:
         """What to handle of what a client says; none where it is refused."""
@@ -226,6 +238,8 @@ def _check(origin: Origin, envelope: Envelope) -> None:
     """
     if envelope.sender != origin.address:
         raise BadFrame(f"{origin.address!r} speaks as {envelope.sender!r}")
-    if not origin.is_node and not isinstance(envelope.body, OF_CLIENTS):
-        name = type(envelope.body).__name__
+    body, name = envelope.body, type(envelope.body).__name__
+    if origin.to_any != isinstance(body, Find) or isinstance(body, Found | FindRefused):
+        raise BadFrame(f"{name}: {origin.address!r} may not say that here")
+    if not (origin.is_node or origin.to_any or isinstance(body, OF_CLIENTS)):
         raise BadFrame(f"{name}: {origin.address!r} is a client, and may not say that")

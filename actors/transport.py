@@ -12,11 +12,13 @@ from placement.topology import Address
 class Origin(NamedTuple):
     """Who a frame is surely from: the wire knows it, whatever the frame says.
 
-    `is_node` tells whether it came by a way that is open to nodes only.
+    `is_node` tells whether it came by a way that is open to nodes only, `to_any`
+    whether it was for whichever node gets it.
     """
 
     address: Address
     is_node: bool
+    to_any: bool = False
 
 
 class Receive(Protocol):

@@ -2,20 +2,22 @@
 
     placement.CLUSTER.node.TO.BOOT.FROM.BOOT      said by a node
     placement.CLUSTER.client.TO.BOOT.FROM.BOOT    said by a client
+    placement.CLUSTER.find.FROM.BOOT              said by a client, to any node
 
 TO and FROM are names of nodes, BOOT is the rest of an address; what a subject
 cannot hold is written =XX. So the permissions of a server can bind a user to one
 FROM, and to `node` or `client`; what a frame says of its sender must be the same.
-Members listen to both; a client listens to what nodes say to it.
+Members listen to both, and as one queue to `find`: one of them gets each. A client
+listens to what nodes say to it.
 """
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from actors.dispatch import Dispatcher
-from actors.nats_connection import ConnectionEvent, NatsConnection
+from actors.nats_connection import ConnectionEvent, NatsConnection, Subscription
 from actors.nats_token import text_of_token, token_of
 from actors.transport import Origin, Receive
 from messages.codec import FRAME_BYTES_MAX, BadFrame
@@ -23,7 +25,13 @@ from messages.pack import unpack
 from placement.event import Happened
 from placement.topology import Address, node_of
 
-__all__ = ["NatsTransport", "subject_of", "text_of_token", "token_of"]
+__all__ = [
+    "NatsTransport",
+    "find_subject_of",
+    "subject_of",
+    "text_of_token",
+    "token_of",
+]
 
 #: What waits for the dispatcher, in bytes of frames; more is dropped and counted.
 INBOUND_BYTES_MAX = 64 << 20
@@ -31,7 +39,8 @@ INBOUND_BYTES_MAX = 64 << 20
 #: bytes one client may have a quarter, and all of them a half: the rest is for nodes.
 CLIENT_FRAMES_MAX = 8_192
 _REMEMBERED_MAX = 10_000
-_TOKENS = 7
+_TOKENS, _FIND_TOKENS = 7, 5
+_QUEUE = "nodes"
 _LINGER = 1.25
 
 
@@ -39,6 +48,11 @@ def subject_of(cluster: str, to: Address, sender: Address, *, is_node: bool) -> 
     """Where `sender` publishes what is for `to`."""
     side = "node" if is_node else "client"
     return f"placement.{token_of(cluster)}.{side}.{_tokens_of(to)}.{_tokens_of(sender)}"
+
+
+def find_subject_of(cluster: str, sender: Address) -> str:
+    """Where the client `sender` asks any node who the members are."""
+    return f"placement.{token_of(cluster)}.find.{_tokens_of(sender)}"
 
 
 def _tokens_of(address: Address) -> str:
@@ -59,9 +73,9 @@ class _Attached:
     """A node of this process on the wire."""
 
     receive: Receive
-    subjects: tuple[str, ...]
     publish: Callable[[Happened], None]
     is_member: bool
+    subscriptions: list[Subscription] = field(default_factory=list)
     is_silent: bool = False
 
 
@@ -114,14 +128,20 @@ class NatsTransport:
         """
         place = f"placement.{token_of(self._cluster)}"
         sides = ("node", "client") if is_member else ("node",)
-        subjects = tuple(f"{place}.{side}.{_tokens_of(address)}.*.*" for side in sides)
-        attached = _Attached(receive, subjects, publish, is_member)
+        wanted = [(f"{place}.{side}.{_tokens_of(address)}.*.*", "") for side in sides]
+        if is_member:
+            wanted.append((f"{place}.find.*.*", _QUEUE))
+        attached = _Attached(receive, publish, is_member)
         with self._lock:
             assert address not in self._attached
             self._attached[address] = attached
         try:
-            for subject in subjects:
-                self._connection.subscribe(subject, partial(self._arrived, attached))
+            for subject, queue in wanted:
+                attached.subscriptions.append(
+                    self._connection.subscribe(
+                        subject, partial(self._arrived, attached), queue=queue
+                    )
+                )
         except BaseException:
             self.detach(address)
             raise
@@ -132,8 +152,8 @@ class NatsTransport:
             attached = self._attached.pop(address, None)
         if attached is not None:
             attached.is_silent = True
-            for subject in attached.subjects:
-                self._connection.unsubscribe(subject)
+            for subscription in attached.subscriptions:
+                self._connection.unsubscribe(subscription)
 
     def kill(self, address: Address) -> None:
         """Go silent: nobody hears anything of that, as after a crash."""
@@ -225,10 +245,12 @@ class NatsTransport:
 
     def _origin(self, subject: str) -> Origin:
         tokens = subject.split(".")
-        if len(tokens) != _TOKENS or tokens[2] not in ("node", "client"):
+        to_any = len(tokens) == _FIND_TOKENS and tokens[2] == "find"
+        is_direct = len(tokens) == _TOKENS and tokens[2] in ("node", "client")
+        if not (to_any or is_direct):
             raise BadFrame(f"{subject!r} is no subject of a frame")
-        address = Address(f"{text_of_token(tokens[5])}.{text_of_token(tokens[6])}")
-        origin = Origin(address, is_node=tokens[2] == "node")
+        address = Address(f"{text_of_token(tokens[-2])}.{text_of_token(tokens[-1])}")
+        origin = Origin(address, is_node=tokens[2] == "node", to_any=to_any)
         if len(self._origins) >= _REMEMBERED_MAX:
             self._origins.clear()
         self._origins[subject] = origin

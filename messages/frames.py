@@ -9,6 +9,8 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 
 VERSION = 1
+#: The receiver of a `Find`: whichever node gets it.
+ANY_NODE = "*"
 #: A number of 64 bits that is never negative.
 Number: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
@@ -209,6 +211,28 @@ class Passivate(msgspec.Struct, frozen=True, array_like=True, tag=20):
     token: Number
 
 
+class Find(msgspec.Struct, frozen=True, array_like=True, tag=21):
+    """Who are the members? From a client, to `ANY_NODE`."""
+
+    request: Number
+
+
+class Found(msgspec.Struct, frozen=True, array_like=True, tag=22):
+    """`sessions` of members that own partitions, as of `epoch`; the first answers."""
+
+    request: Number
+    epoch: Number
+    sessions: tuple[str, ...]
+
+
+class FindRefused(msgspec.Struct, frozen=True, array_like=True, tag=23):
+    """The node does not know them, or is asked too often."""
+
+    request: Number
+    reason: str
+    message: str
+
+
 Frame: TypeAlias = (
     Resolve
     | Resolved
@@ -230,6 +254,9 @@ Frame: TypeAlias = (
     | LoopBack
     | TopologyHint
     | Passivate
+    | Find
+    | Found
+    | FindRefused
 )
 
 FRAMES: tuple[type[msgspec.Struct], ...] = (
@@ -253,6 +280,9 @@ FRAMES: tuple[type[msgspec.Struct], ...] = (
     LoopBack,
     TopologyHint,
     Passivate,
+    Find,
+    Found,
+    FindRefused,
 )
 
 

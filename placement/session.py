@@ -255,8 +255,8 @@ class Observer:
 class OwnSession:
     """The sessions that one incarnation of a node opens, one after the other.
 
-    `state` is idle, opening, open, closing or ended. Not thread-safe; one actor
-    owns it. Methods return the effects to perform, in order.
+    `state` is idle, opening, open, returning, closing or ended. Not thread-safe;
+    one actor owns it. Methods return the effects to perform, in order.
     """
 
     def __init__(
@@ -289,6 +289,7 @@ class OwnSession:
         self._is_stopping = False
         self._settled: dict[SessionId, int] = {}
         self._lapsed: dict[SessionId, int] = {}
+        self._nonce = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -297,7 +298,6 @@ class OwnSession:
         self._is_in_flight = False
         self._is_echoed = True
         self._is_writing = False
-        self._nonce = 0
         self._due_ns: int | None = None
 
     # --- what is known ---
@@ -408,9 +408,7 @@ class OwnSession:
             self._is_in_flight = False
             self._guard.extend(self._first_sent_ns + self._ttl_ns - self._margin_ns)
             self._due_ns = self._first_sent_ns + self._every_ns
-            self._is_echoed = False
-            self._nonce += 1
-            effects.append(SendEcho(self._nonce))
+            effects.append(self._next_echo())
         return (*effects, *self.viewed(outcome, now_ns))
 
     def echoed(self, nonce: int, now_ns: int) -> tuple[SessionEffect, ...]:
@@ -418,7 +416,14 @@ class OwnSession:
         if nonce != self._nonce or self._is_echoed:
             return ()
         self._is_echoed = True
+        if self._state == "returning":
+            return self._open_next(now_ns)
         return self.tick(now_ns)
+
+    def _next_echo(self) -> SendEcho:
+        self._is_echoed = False
+        self._nonce += 1
+        return SendEcho(self._nonce)
 
     # --- membership ---
 
@@ -477,7 +482,7 @@ class OwnSession:
     def stop(self, now_ns: int) -> tuple[SessionEffect, ...]:
         """End once `settle` has said that nothing of the session runs any more."""
         self._is_stopping = self._is_draining = True
-        if self._state in {"idle", "opening"}:
+        if self._state in {"idle", "opening", "returning"}:
             self._state = "ended"
             self._due_ns = None
             return (SessionEnded(self._session),)
@@ -541,8 +546,11 @@ class OwnSession:
             self._state = "ended"
             self._due_ns = None
             return (event, SessionLapsed(lapsed, why), SessionEnded(lapsed))
-        opening = self._open_next(now_ns)
-        return (event, SessionLapsed(lapsed, why), *opening)
+        # The next is opened once a message to ourselves is back: who reaches the
+        # store and nobody else would join, own partitions and lapse, for ever.
+        self._state = "returning"
+        self._due_ns = now_ns + self._again_ns
+        return (event, SessionLapsed(lapsed, why), self._next_echo())
 
     # --- time ---
 
@@ -560,6 +568,11 @@ class OwnSession:
                     return ()
                 self._due_ns = now_ns + self._again_ns
                 return (CloseSession(self._session, self._count),)
+            case "returning":
+                if self._due_ns is None or now_ns < self._due_ns:
+                    return ()
+                self._due_ns = now_ns + self._again_ns
+                return (SendEcho(self._nonce),)
             case "open":
                 pass
             case _:

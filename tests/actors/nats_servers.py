@@ -71,9 +71,13 @@ class NatsServer:
         jetstream: bool = True,
         more: str = "",
         name: str = "test",
+        host: str = "127.0.0.1",
+        within: Sequence[str] = (),
         ready: str = "Server is ready",
     ) -> None:
         self.port = port
+        self.host = host
+        self._within = within
         self.folder = folder
         self._ready = ready
         self._log = folder / "log"
@@ -82,14 +86,14 @@ class NatsServer:
         store = f'jetstream {{ store_dir: "{folder / "data"}" }}' if jetstream else ""
         self._config = folder / "server.conf"
         self._config.write_text(
-            f"server_name: {name}\nlisten: 127.0.0.1:{port}\n"
+            f"server_name: {name}\nlisten: {host}:{port}\n"
             f"max_payload: 8MB\n{store}\n{more}\n",
             encoding="utf-8",
         )
 
     @property
     def url(self) -> str:
-        return f"nats://127.0.0.1:{self.port}"
+        return f"nats://{self.host}:{self.port}"
 
     @property
     def log(self) -> str:
@@ -98,7 +102,7 @@ class NatsServer:
     def launch(self) -> None:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [str(find_server()), "--config", str(self._config)],
+                [*self._within, str(find_server()), "--config", str(self._config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

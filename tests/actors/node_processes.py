@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,11 +17,14 @@ READY_WITHIN_S = 30.0
 
 
 def placement(
-    *args: str, timeout_s: float = 60, env: dict[str, str] | None = None
+    *args: str,
+    timeout_s: float = 60,
+    env: dict[str, str] | None = None,
+    within: Sequence[str] = (),
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command to its end."""
+    """Run a command to its end; `within` is what begins its command line."""
     return subprocess.run(
-        [*PLACEMENT, *args],
+        [*within, *PLACEMENT, *args],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -32,11 +35,21 @@ def placement(
 
 
 class Process:
-    """One long-running command."""
+    """One long-running command, or another `program`; it says when it is ready."""
 
-    def __init__(self, folder: Path, name: str, *args: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        *args: str,
+        within: Sequence[str] = (),
+        program: Sequence[str] = PLACEMENT,
+        env: dict[str, str] | None = None,
+    ) -> None:
         self.name = name
         self.args = args
+        self._begin = [*within, *program]
+        self._env = {**os.environ, **(env or {})}
         self._out = folder / f"{name}.out"
         self._err = folder / f"{name}.err"
         self._process: subprocess.Popen[bytes] | None = None
@@ -49,6 +62,12 @@ class Process:
     def err(self) -> str:
         return self._err.read_text()
 
+    def err_from(self, at: int) -> bytes:
+        """What it has said to standard error, from there on."""
+        with self._err.open("rb") as file:
+            file.seek(at)
+            return file.read()
+
     @property
     def pid(self) -> int:
         assert self._process is not None
@@ -57,8 +76,9 @@ class Process:
     def launch(self) -> None:
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
-                [*PLACEMENT, *self.args],
+                [*self._begin, *self.args],
                 cwd=ROOT,
+                env=self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -97,6 +117,23 @@ class Process:
                 self._process.send_signal(signal.SIGCONT)
             self._process.kill()
             self._process.wait()
+
+
+def requests_in(path: Path, identities: int, each: int) -> Path:
+    """A file of so many requests to each of so many tallies."""
+    lines = [
+        json.dumps({"identity": f"file/{number}", "payload": turn})
+        for turn in range(each)
+        for number in range(identities)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def counts_in(report: Path) -> dict[str, int]:
+    """How many requests each identity has counted, as a run has reported."""
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    return {line["identity"]: line["count"] for line in lines}
 
 
 @contextmanager

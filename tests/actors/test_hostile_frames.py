@@ -26,12 +26,15 @@ from actors.nats_connection import NatsConnection, parse_nats_url
 from actors.node import PlacementNode
 from actors.postbox import OF_CLIENTS
 from actors.store_memory import MemoryStore
-from actors.transport_nats import subject_of
+from actors.transport_nats import find_subject_of, subject_of
 from messages.codec import BadFrame, Codec
 from messages.frames import (
     Answer,
     Deliver,
     Failure,
+    Find,
+    FindRefused,
+    Found,
     Frame,
     Mark,
     Marked,
@@ -54,6 +57,7 @@ GOLDEN = [
     for path in sorted((Path(__file__).parents[1] / "data" / "frames").glob("*.hex"))
 ]
 HOSTILE = Address("mallory.1")
+OF_FINDING = (Find, Found, FindRefused)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,7 @@ def refused_in(data: bytes, to: Address, cluster: str, *, is_node: bool) -> int:
             count += 1
             continue
         is_said = is_node or isinstance(envelope.body, OF_CLIENTS)
+        is_said = is_said and not isinstance(envelope.body, OF_FINDING)
         count += envelope.sender != HOSTILE or not is_said
     return count
 
@@ -161,6 +166,100 @@ def test_a_repeated_frame_is_handled_once(server: NatsServer) -> None:
 
         bodies = [codec.decode(data, receiver=HOSTILE).body for data in got]
         assert bodies == [Marked("k/x", 1, 1), Marked("k/x", 1, 2)]
+        assert node.events.counts["FrameRefused"] == 499
+
+
+def spoiled(chance: random.Random, to: Address, cluster: str) -> bytes:
+    """A golden frame in the right envelope, of which something is wrong inside."""
+    envelope = msgpack.unpackb(chance.choice(GOLDEN), strict_map_key=False)
+    head = [1, cluster, HOSTILE, to, chance.randrange(1, LAST)]
+    body = bytearray(msgpack.packb(envelope[5]))
+    for _ in range(chance.randrange(1, 4)):
+        body[chance.randrange(len(body))] = chance.randrange(256)
+    return b"\x96" + b"".join(map(msgpack.packb, head)) + bytes(body)
+
+
+class Refusals:
+    """What a node that says all has said of frames that it refuses."""
+
+    def __init__(self, node: Process) -> None:
+        self._node, self._read, self.count = node, 0, 0
+
+    def have_come(self, expected: int) -> bool:
+        """Whether so many have been, after another look; more are a failure."""
+        said = self._node.err_from(self._read)
+        whole = said[: said.rfind(b"\n") + 1]
+        self._read += len(whole)
+        self.count += whole.count(b'"FrameRefused"')
+        assert self.count <= expected
+        return self.count == expected
+
+
+LAST = 1 << 40  # above all that is sent again
+
+
+def test_a_hundred_thousand_hostile_frames_harm_no_node_process(
+    server: NatsServer, tmp_path: Path
+) -> None:
+    cluster, name = "hundred", "one"
+    where = ["--engine", server.url, "--cluster", cluster]
+    node = Process(
+        tmp_path,
+        name,
+        *("node", name, *where, "--json", "--verbose"),
+        *("--kind", "echo=tests.actors.actors_under_test:Echo"),
+    )
+    codec, chance = Codec(cluster), random.Random(13)
+    with (
+        ended(node),
+        closing(NatsConnection.open(parse_nats_url(server.url))) as stranger,
+    ):
+        session = str(node.start().ready()["session"])
+        to = Address(session.partition("#")[0])
+        refusals, expected = Refusals(node), 0
+        ways = {
+            is_node: subject_of(cluster, to, HOSTILE, is_node=is_node)
+            for is_node in (True, False)
+        }
+
+        def say(subject: str, data: bytes) -> None:
+            eventually(lambda: stranger.publish(subject, data))
+
+        say(ways[False], codec.encode(HOSTILE, to, LAST, Mark("k/x", 1, 1)))
+        again = [
+            codec.encode(HOSTILE, to, LAST, Mark("k/x", 1, 1)),
+            codec.encode(HOSTILE, to, 5, Deliver("echo/mine", 1, 1, None, "", 9, ())),
+        ]
+        resident = 0
+        for number in range(100_000):
+            is_node = number % 2 == 0
+            match number % 5:
+                case 0:
+                    say(ways[is_node], spoiled(chance, to, cluster))
+                    expected += 1
+                case 1:
+                    say(ways[is_node], chance.choice(again))
+                    expected += 1
+                case 2:  # where any node is sought
+                    data = hostile(chance, to, cluster)
+                    say(find_subject_of(cluster, HOSTILE), data)
+                    expected += refused_in(data, Address("*"), cluster, is_node=False)
+                case _:
+                    data = hostile(chance, to, cluster)
+                    say(ways[is_node], data)
+                    expected += refused_in(data, to, cluster, is_node=is_node)
+            if number % 1_000 == 999:
+                # Not more at once than wait for their log.
+                stranger.flush(timeout_s=30)
+                eventually(lambda: refusals.have_come(expected), 60)  # noqa: B023
+            if number == 20_000:
+                assert placement("ask", "echo/mine", "1", *where).returncode == 0
+                resident = resident_kib(node.pid)
+        asked = placement("ask", "echo/mine", '"still here"', *where, "--json")
+        assert '"still here"' in asked.stdout, asked.stderr
+        assert session in asked.stdout
+        assert refusals.have_come(expected)
+        assert resident_kib(node.pid) - resident < 16 << 10
 
 
 def resident_kib(pid: int) -> int:

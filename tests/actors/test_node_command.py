@@ -25,7 +25,13 @@ from tests.actors.nats_servers import (
     nats_cluster,
     nats_server,
 )
-from tests.actors.node_processes import Process, ended, placement
+from tests.actors.node_processes import (
+    Process,
+    counts_in,
+    ended,
+    placement,
+    requests_in,
+)
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.servers
@@ -144,21 +150,6 @@ def place_of_both(
 @pytest.fixture
 def place(server: NatsServer, tmp_path: Path, request: pytest.FixtureRequest) -> Place:
     return Place(server, tmp_path, str(request.node.name)[:60])
-
-
-def requests_in(path: Path, identities: int, each: int) -> Path:
-    lines = [
-        json.dumps({"identity": f"file/{number}", "payload": turn})
-        for turn in range(each)
-        for number in range(identities)
-    ]
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def counts_in(report: Path) -> dict[str, int]:
-    lines = [json.loads(line) for line in report.read_text().splitlines()]
-    return {line["identity"]: line["count"] for line in lines}
 
 
 # --- one node ---

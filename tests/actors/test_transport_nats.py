@@ -373,14 +373,17 @@ PERMISSIONS = """
 authorization {
   users: [
     { user: alice, password: a, permissions: {
-        publish: ["placement.default.client.*.*.alice.*"]
+        publish: ["placement.default.client.*.*.alice.*",
+                  "placement.default.find.alice.*"]
         subscribe: ["placement.default.node.alice.*.>"] } }
     { user: one, password: a, permissions: {
         publish: ["placement.default.node.*.*.one.*"]
-        subscribe: ["placement.default.*.one.*.>"] } }
+        subscribe: ["placement.default.*.one.*.>",
+                    "placement.default.find.*.* nodes"] } }
     { user: two, password: a, permissions: {
         publish: ["placement.default.node.*.*.two.*"]
-        subscribe: ["placement.default.*.two.*.>"] } }
+        subscribe: ["placement.default.*.two.*.>",
+                    "placement.default.find.*.* nodes"] } }
   ]
 }
 """

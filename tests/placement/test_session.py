@@ -153,8 +153,11 @@ def test_r2_3_a_session_not_renewed_in_time_lapses_and_another_is_opened() -> No
     effects = made.tick(TTL - MARGIN)
 
     assert only(effects, SessionLapsed).session == FIRST
-    assert only(effects, OpenSession).record.session == SECOND
     assert guard.is_shut
+    assert made.session is None
+    echo = only(effects, SendEcho)
+    opening = made.echoed(echo.nonce, TTL - MARGIN)
+    assert only(opening, OpenSession).record.session == SECOND
     assert made.session is None
     # Once its activations have ended it is closed, sooner than by others.
     assert only(made.settle(FIRST, 9 * S), CloseSession).session == FIRST
@@ -162,6 +165,35 @@ def test_r2_3_a_session_not_renewed_in_time_lapses_and_another_is_opened() -> No
     assert guard.is_shut
     made.closed(FIRST, 2, True, 9 * S)
     assert made.own_open() == frozenset()
+
+
+def test_after_a_lapse_no_session_is_opened_before_a_message_to_itself_is_back() -> (
+    None
+):
+    made, _ = joined()
+    made.tick(EVERY)
+    echo = only(made.tick(TTL - MARGIN), SendEcho)
+    # However long: it reaches the store, and perhaps nobody else.
+    for _ in range(100):
+        assert made.due_ns is not None
+        assert made.tick(made.due_ns - 1) == ()
+        assert made.tick(made.due_ns) == (echo,)
+    # One of the session before, which comes late, says nothing of now.
+    assert made.echoed(echo.nonce - 1, 90 * S) == ()
+    assert made.opened(SECOND, True, 90 * S) == ()
+
+    assert only(made.echoed(echo.nonce, 99 * S), OpenSession).record.session == SECOND
+    assert made.echoed(echo.nonce, 99 * S) == ()
+
+
+def test_a_node_that_is_cut_off_from_itself_can_stop() -> None:
+    made, _ = joined()
+    made.tick(EVERY)
+    made.tick(TTL - MARGIN)
+
+    assert only(made.stop(9 * S), SessionEnded).session == FIRST
+    assert made.due_ns is None
+    assert made.echoed(2, 9 * S) == ()
 
 
 def test_a_session_closed_by_others_lapses_at_once() -> None:
