@@ -1,7 +1,6 @@
 """The PartitionCoordinator: decides the claims of the partitions its node owns."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import pykka
@@ -52,13 +51,14 @@ from placement.event import Happened
 from placement.identity import Identity
 from placement.partition import PartitionTable
 from placement.topology import Address, SessionId, address_of
+from placement.value import value
 
 CoordinatorFrame: TypeAlias = (
     Resolve | Started | StartRefused | OwnerAnswer | AskHolder | HolderAnswer
 )
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Arrived:
     """A frame has come from `sender`."""
 
@@ -66,7 +66,7 @@ class Arrived:
     body: Frame
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TopologyChanged:
     """The node's session and the table of the newest topology; who is closed."""
 

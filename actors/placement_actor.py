@@ -1,7 +1,6 @@
 """The PlacementActor: keeps its node's session, and hosts its activations."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -57,45 +56,46 @@ from placement.session import (
     WriteMembers,
 )
 from placement.topology import Address, SessionId, Topology
+from placement.value import value
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class BeginMember:
     """Open a session, and host."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class BeginClient:
     """Read who the members are."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Drain:
     """Own no partitions, start nothing new, end what runs."""
 
     why: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Stop:
     """Drain, then close the session and leave."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class NeedNewTopology:
     """Somebody speaks of a newer epoch; 0: perhaps."""
 
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class HasStarted:
     """An activation serves."""
 
     pid: Pid
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class HasFailed:
     """An activation did not start."""
 
@@ -103,7 +103,7 @@ class HasFailed:
     refusal: Refusal
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class HasEnded:
     """An activation's last user code has been left."""
 
@@ -112,7 +112,7 @@ class HasEnded:
     snapshot: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class EndIdle:
     """Passivate all that were not used for so long."""
 

@@ -30,6 +30,7 @@ from placement.session import (
     StoreTrouble,
     WriteMembers,
 )
+from placement.value import value
 
 #: How long the requests of a failed batch are tried one by one.
 _ALONE_NS = 500_000_000
@@ -40,7 +41,7 @@ SessionRequest: TypeAlias = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Perform:
     """Perform `request`; `reply(request, outcome)` runs as a turn of `to`."""
 

@@ -28,6 +28,7 @@ from placement.identity import Identity
 from placement.partition import PartitionTable
 from placement.retry import RetryPolicy
 from placement.topology import Address, Member, SessionId
+from placement.value import value
 
 FindHere: TypeAlias = Callable[[Identity], Pid | None]
 """The activation that serves on this very node, where there is one."""
@@ -47,7 +48,7 @@ ACQUIRING_MAX = 512
 _SEND_AGAIN = RetryPolicy(first_ns=500_000_000, largest_ns=4_000_000_000)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Requester:
     """Who asked for an identity: where the answer goes, and its request's number.
 
@@ -62,21 +63,21 @@ class Requester:
 # --- effects -----------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class AcquireLock:
     """Take the lock; the outcome comes back by `acquired`."""
 
     request: Acquire
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ReleaseLock:
     """Free the lock; the outcome comes back by `released`."""
 
     request: Release
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class AskOwnerSession:
     """Ask `session`, by name, for the activation that the entry says it has."""
 
@@ -86,7 +87,7 @@ class AskOwnerSession:
     procedure: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class AskHolderSession:
     """Ask the lock's holder whether its procedure still runs."""
 
@@ -95,7 +96,7 @@ class AskHolderSession:
     procedure: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TellHolderState:
     """Answer such a question."""
 
@@ -106,7 +107,7 @@ class TellHolderState:
     state: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StartAt:
     """Have `host` claim the identity and start its activation."""
 
@@ -119,7 +120,7 @@ class StartAt:
     chain: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class AnswerPid:
     """Tell the requester where the activation is."""
 
@@ -127,7 +128,7 @@ class AnswerPid:
     pid: Pid
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class RedirectTo:
     """Tell the requester which member owns the partition, as of `epoch`."""
 
@@ -137,7 +138,7 @@ class RedirectTo:
     owner: SessionId
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Refuse:
     """Tell the requester why not."""
 
@@ -146,7 +147,7 @@ class Refuse:
     refusal: Refusal
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class NeedTopology:
     """A newer topology than the known one is spoken of: read it soon."""
 

@@ -25,6 +25,7 @@ from placement.partition import PartitionTable
 from placement.pidcache import PidCache
 from placement.retry import RetryPolicy
 from placement.topology import SessionId, address_of
+from placement.value import value
 
 BOUNCES_MAX = 16
 
@@ -69,7 +70,7 @@ class Outgoing:
 # --- effects -----------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ResolvePid:
     """Ask the coordinator at `owner` where the activation is."""
 
@@ -81,7 +82,7 @@ class ResolvePid:
     chain: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Transmit:
     """Send `message` to the activation that `pid` names."""
 
@@ -89,7 +90,7 @@ class Transmit:
     message: Outgoing
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SendMark:
     """Send a mark the way the messages to `pid` went; it comes back by `marked`."""
 
@@ -97,7 +98,7 @@ class SendMark:
     mark: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class FailMessage:
     """Tell the sender that the message was not delivered, and why."""
 

@@ -23,6 +23,7 @@ from placement.event import Happened
 from placement.identity import Identity
 from placement.retry import RetryPolicy
 from placement.topology import Address, SessionId, address_of
+from placement.value import value
 
 _AGAIN = RetryPolicy(first_ns=50_000_000, largest_ns=1_000_000_000)
 
@@ -30,21 +31,21 @@ _AGAIN = RetryPolicy(first_ns=50_000_000, largest_ns=1_000_000_000)
 # --- effects -----------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ClaimEntry:
     """Write the claim; the outcome comes back by `claimed`."""
 
     request: Claim
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class GiveUpEntry:
     """Clear the owner; the outcome comes back by `given_up`."""
 
     request: GiveUp
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StartActivation:
     """Start what the store has confirmed; `started` or `start_failed` follows.
 
@@ -56,7 +57,7 @@ class StartActivation:
     chain: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StopActivation:
     """End it; `ended` follows when its last user code has been left."""
 
@@ -64,7 +65,7 @@ class StopActivation:
     lapsed: bool
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TellStarted:
     """Tell the coordinator that the procedure is done."""
 
@@ -73,7 +74,7 @@ class TellStarted:
     procedure: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TellStartRefused:
     """Tell the coordinator why nothing was started."""
 
@@ -84,7 +85,7 @@ class TellStartRefused:
     refusal: Refusal
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TellOwnerState:
     """Answer a coordinator's question about an entry of `session`."""
 
@@ -96,7 +97,7 @@ class TellOwnerState:
     fencing_token: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SessionSettled:
     """Nothing of that session runs or is under way any more: it may be closed."""
 
