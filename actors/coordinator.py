@@ -48,6 +48,7 @@ from placement.contracts import (
 from placement.entry import Acquisition
 from placement.errors import Refusal
 from placement.event import Happened
+from placement.hosting import TellStarted, TellStartRefused
 from placement.identity import Identity
 from placement.partition import PartitionTable
 from placement.topology import Address, SessionId, address_of
@@ -76,6 +77,11 @@ class TopologyChanged:
     why_not: str = ""
 
 
+CoordinatorMessage: TypeAlias = (
+    Arrived | TopologyChanged | TellStarted | TellStartRefused
+)
+
+
 class PartitionCoordinator(DispatchedActor):
     """Carries inputs to its claims, and performs what they decide."""
 
@@ -84,8 +90,10 @@ class PartitionCoordinator(DispatchedActor):
         *,
         dispatcher: Dispatcher,
         claims: Claims,
+        own: Address,
         entries: pykka.ActorRef[Any],
         send: Callable[[Address, Frame], bool],
+        start_here: Callable[[StartAt], None],
         need_topology: Callable[[int], None],
         publish: Callable[[Happened], None],
         is_dead: Callable[[], bool],
@@ -93,8 +101,10 @@ class PartitionCoordinator(DispatchedActor):
     ) -> None:
         super().__init__(dispatcher=dispatcher, on_bug=on_bug)
         self._claims = claims
+        self._own = own
         self._entries = entries
         self._send = send
+        self._start_here = start_here
         self._need_topology = need_topology
         self._publish = publish
         self._is_dead = is_dead
@@ -104,8 +114,8 @@ class PartitionCoordinator(DispatchedActor):
         """Leave no timer behind."""
         self._alarm.cancel()
 
-    def on_receive(self, message: Arrived | TopologyChanged) -> None:
-        """Decide on a frame, or by a new topology."""
+    def on_receive(self, message: CoordinatorMessage) -> None:
+        """Decide on a frame, on an answer of this node's own, or by a topology."""
         if self._is_dead():
             return
         now_ns = self.dispatcher.now_ns()
@@ -116,6 +126,18 @@ class PartitionCoordinator(DispatchedActor):
                 )
             case Arrived(sender, body):
                 effects = self._frame(sender, body, now_ns)
+            case TellStarted(_, pid, procedure):
+                effects = self._claims.started(
+                    pid.identity,
+                    procedure,
+                    pid.session,
+                    pid.fencing_token,
+                    now_ns=now_ns,
+                )
+            case TellStartRefused(_, identity, procedure, host, refusal):
+                effects = self._claims.start_refused(
+                    identity, procedure, host, refusal, now_ns=now_ns
+                )
         self._perform(effects)
 
     def _frame(
@@ -133,7 +155,11 @@ class PartitionCoordinator(DispatchedActor):
                 )
             case Started(identity, procedure, host, token):
                 return claims.started(
-                    Identity.parse(identity), procedure, SessionId(host), token
+                    Identity.parse(identity),
+                    procedure,
+                    SessionId(host),
+                    token,
+                    now_ns=now_ns,
                 )
             case StartRefused(identity, procedure, host, reason, message):
                 return claims.start_refused(
@@ -220,6 +246,8 @@ class PartitionCoordinator(DispatchedActor):
                             identity, holder.session, holder.procedure, procedure, state
                         ),
                     )
+                case StartAt(host) if address_of(host) == self._own:
+                    self._start_here(effect)
                 case StartAt(
                     host, identity, acquisition, revision, epoch, remaining, chain
                 ):

@@ -235,7 +235,8 @@ class _Inbox:
 
     def _take_in(self, envelope: Any) -> None:
         self.envelopes.append(envelope)
-        self.awaken()
+        if not self._is_awake:
+            self.awaken()
 
     def awaken(self) -> None:
         if not self._is_awake and self._wake is not None and self.envelopes:
@@ -255,6 +256,16 @@ class _Inbox:
         return not self.envelopes
 
 
+class DispatchedRef(pykka.ActorRef[Any]):
+    """The reference to an actor whose messages a dispatcher has handled."""
+
+    def __init__(self, actor: "DispatchedActor") -> None:
+        super().__init__(actor)
+        #: As `tell`, in a turn of the actor's dispatcher: it is handled in that turn,
+        #: where nothing waits before it.
+        self.hand: Callable[[Any], None] = actor.take
+
+
 class DispatchedActor(pykka.Actor):
     """A pykka actor whose messages are handled in turns of a dispatcher.
 
@@ -266,7 +277,7 @@ class DispatchedActor(pykka.Actor):
     batch_max: ClassVar[int] = 256
 
     @classmethod
-    def start(cls, *args: Any, **kwargs: Any) -> pykka.ActorRef[Any]:
+    def start(cls, *args: Any, **kwargs: Any) -> DispatchedRef:
         """Start it, unknown to pykka's registry.
 
         What is registered there is the program's own, and ends when the program
@@ -274,7 +285,7 @@ class DispatchedActor(pykka.Actor):
         """
         actor = cls(*args, **kwargs)
         actor._start_actor_loop()
-        return actor.actor_ref
+        return actor._dispatched_ref
 
     def __init__(
         self,
@@ -285,6 +296,25 @@ class DispatchedActor(pykka.Actor):
         super().__init__()
         self.dispatcher = dispatcher
         self._on_bug = on_bug
+        self._is_handling = False
+        self._actor_ref = self._dispatched_ref = DispatchedRef(self)
+
+    def take(self, message: Any) -> None:
+        """Handle `message` in this turn of the dispatcher, or behind what waits.
+
+        The way through the inbox costs more than the handling of most messages.
+        """
+        if self._is_handling or not self.actor_inbox.empty():
+            self.actor_ref.tell(message)
+        elif not self.actor_stopped.is_set():
+            self._is_handling = True
+            try:
+                self.on_receive(message)
+            except BaseException as error:  # as one that was told
+                self._fail(error)
+                self._actor_loop_teardown()
+            finally:
+                self._is_handling = False
 
     @staticmethod
     def _create_actor_inbox() -> Any:
@@ -308,9 +338,11 @@ class DispatchedActor(pykka.Actor):
         batch: list[Any] = []
         while inbox.envelopes and len(batch) < self.batch_max:
             batch.append(inbox.envelopes.popleft())
+        self._is_handling = True
         try:
             self._handle_batch(batch)
         finally:
+            self._is_handling = False
             # Without it nothing would ever wake the actor again.
             if self.actor_stopped.is_set():
                 self._actor_loop_teardown()
@@ -329,13 +361,17 @@ class DispatchedActor(pykka.Actor):
                 if envelope.reply_to is not None:
                     envelope.reply_to.set_exception()
                     continue
-                log.exception("an actor raised", actor=type(self).__name__)
-                self._stop()
-                if self._on_bug is not None:
-                    self._on_bug(error)
+                self._fail(error)
             else:
                 if envelope.reply_to is not None:
                     envelope.reply_to.set(answer)
+
+    def _fail(self, error: BaseException) -> None:
+        """What it has raised is the end of it."""
+        log.exception("an actor raised", actor=type(self).__name__)
+        self._stop()
+        if self._on_bug is not None:
+            self._on_bug(error)
 
 
 class Alarm:

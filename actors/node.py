@@ -11,6 +11,7 @@ import pykka
 
 from actors.activation import Activation, GrainActivation, Mail
 from actors.coordinator import Arrived, PartitionCoordinator, TopologyChanged
+from actors.dispatch import DispatchedRef
 from actors.engine import EmbeddedEngine, Engine, Settings, ThreadEngine
 from actors.engine_url import open_engine
 from actors.event_stream import EventStream
@@ -401,18 +402,20 @@ class PlacementNode(Verbs):
         self._claims = self.claims_type(
             choose_host=self._choose_host, find_here=hosting.serving
         )
-        self._coordinator: pykka.ActorRef[Any] = self.coordinator_type.start(
+        self._coordinator: DispatchedRef = self.coordinator_type.start(
             dispatcher=self._engine.system,
             claims=self._claims,
+            own=self.address,
             entries=self._engine.entries,
             send=self._postbox.send,
+            start_here=lambda start: self._hand(self._placement, start),
             need_topology=self._need_topology,
             publish=self._publish,
             is_dead=lambda: self.is_dead,
             on_bug=self._break,
         )
         renew_ns = round(settings.renew_every_s * 1e9)
-        self._placement: pykka.ActorRef[Any] = self.placement_type.start(
+        self._placement: DispatchedRef = self.placement_type.start(
             dispatcher=self._engine.system,
             own=self.session_type(
                 self.address,
@@ -427,7 +430,9 @@ class PlacementNode(Verbs):
             registry=self._registry,
             entries=self._engine.entries,
             sessions=self._engine.sessions,
+            own_address=self.address,
             send=self._postbox.send,
+            answer_here=lambda answer: self._hand(self._coordinator, answer),
             send_echo=self._postbox.send_echo,
             publish=self._publish,
             node=self,
@@ -888,9 +893,16 @@ class PlacementNode(Verbs):
                 | AskHolder()
                 | HolderAnswer()
             ):
-                self._tell(self._coordinator, Arrived(sender, body))
+                self._hand(self._coordinator, Arrived(sender, body))
             case _:
-                self._tell(self._placement, Arrived(sender, body))
+                self._hand(self._placement, Arrived(sender, body))
+
+    def _hand(self, actor: DispatchedRef, message: Any) -> None:
+        """Tell it in a turn of the system dispatcher, which is both actors'."""
+        try:
+            actor.hand(message)
+        except pykka.ActorDeadError:
+            return
 
     def _tell(self, actor: pykka.ActorRef[Any], message: Any) -> None:
         try:

@@ -21,6 +21,7 @@ from messages.frames import (
     StartRefused,
     TopologyHint,
 )
+from placement.claim import StartAt
 from placement.contracts import Claim, Claimed, ClaimRefused, Failed, GiveUp
 from placement.entry import Acquisition, ActivationRecord, Pid
 from placement.errors import Refusal
@@ -129,6 +130,7 @@ PlacementMessage: TypeAlias = (
     | HasFailed
     | HasEnded
     | EndIdle
+    | StartAt
     | Arrived
 )
 
@@ -176,7 +178,9 @@ class PlacementActor(DispatchedActor):
         registry: VirtualActorRegistry[Activation],
         entries: pykka.ActorRef[Any],
         sessions: pykka.ActorRef[Any],
+        own_address: Address,
         send: Callable[[Address, Frame], bool],
+        answer_here: Callable[[TellStarted | TellStartRefused], None],
         send_echo: Callable[[Frame], None],
         publish: Callable[[Happened], None],
         node: Surroundings,
@@ -190,7 +194,9 @@ class PlacementActor(DispatchedActor):
         self._registry = registry
         self._entries = entries
         self._sessions = sessions
+        self._own_address = own_address
         self._send = send
+        self._answer_here = answer_here
         self._send_echo = send_echo
         self._publish = publish
         self._node = node
@@ -211,6 +217,19 @@ class PlacementActor(DispatchedActor):
         match message:
             case HasStarted(pid):
                 self._host(self._hosting.started(pid))
+            case StartAt(
+                host, identity, acquisition, revision, _, _, chain, takes_lock
+            ):
+                self._host(
+                    self._hosting.start(
+                        identity,
+                        acquisition=acquisition,
+                        host=host,
+                        expected_revision=revision,
+                        chain=chain,
+                        takes_lock=takes_lock,
+                    )
+                )
             case HasEnded(pid, version, snapshot):
                 self._registry.remove(pid)
                 self._host(self._hosting.ended(pid, version=version, snapshot=snapshot))
@@ -233,7 +252,6 @@ class PlacementActor(DispatchedActor):
                 self._host(self._hosting.drain(why))
             case Stop():
                 self._stop_node(now_ns)
-        self._set_alarm()
 
     @property
     def _machine(self) -> OwnSession | Observer:
@@ -285,14 +303,6 @@ class PlacementActor(DispatchedActor):
 
     # --- time ---
 
-    def _set_alarm(self) -> None:
-        for due_ns in (
-            self._machine.due_ns,
-            self._hosting.due_ns,
-            self._registry.due_ns,
-        ):
-            self._alarm.set(due_ns)
-
     def _tick(self) -> None:
         if self._is_dead():
             return
@@ -304,7 +314,7 @@ class PlacementActor(DispatchedActor):
             self._host(
                 self._hosting.passivate(pid.identity, fencing_token=pid.fencing_token)
             )
-        self._set_alarm()
+        self._alarm.set(self._registry.due_ns)
 
     def _end_idle(self, idle_for_ns: int, now_ns: int) -> None:
         for each in self._registry.all():
@@ -323,13 +333,11 @@ class PlacementActor(DispatchedActor):
         if not self._is_dead():
             now_ns = self.dispatcher.now_ns()
             self._host(self._hosting.claimed(request, outcome, now_ns=now_ns))
-            self._set_alarm()
 
     def _given_up(self, request: GiveUp, outcome: Any) -> None:
         if not self._is_dead():
             now_ns = self.dispatcher.now_ns()
             self._host(self._hosting.given_up(request, outcome, now_ns=now_ns))
-            self._set_alarm()
 
     def _host(self, effects: Iterable[HostingEffect]) -> None:
         for effect in effects:
@@ -346,6 +354,8 @@ class PlacementActor(DispatchedActor):
                     found = self._registry.find(pid.identity)
                     if found is not None and found.pid == pid:
                         found.activation.stop(lapsed=lapsed)
+                case TellStarted(to) | TellStartRefused(to) if to == self._own_address:
+                    self._answer_here(effect)
                 case TellStarted(to, pid, procedure):
                     self._send(
                         to,
@@ -368,6 +378,7 @@ class PlacementActor(DispatchedActor):
                     self._keep(self._own.settle(session, self.dispatcher.now_ns()))
                 case Happened():
                     self._publish(effect)
+        self._alarm.set(self._hosting.due_ns)
 
     def _start(self, start: StartActivation) -> None:
         pid = start.pid
@@ -380,6 +391,7 @@ class PlacementActor(DispatchedActor):
             now_ns=self.dispatcher.now_ns(),
             idle_after_ns=None if idle_after is None else round(idle_after * 1e9),
         )
+        self._alarm.set(self._registry.due_ns)
         activation.start()
 
     # --- effects of the session ---
@@ -390,7 +402,6 @@ class PlacementActor(DispatchedActor):
         def reply(_: Any, outcome: Any) -> None:
             if not self._is_dead():
                 self._keep(take(outcome, self.dispatcher.now_ns()))
-                self._set_alarm()
 
         self._sessions.tell(Perform(request, reply, self.dispatcher))
 
@@ -425,6 +436,7 @@ class PlacementActor(DispatchedActor):
                     self._node.adopted(topology, closed)
                 case Happened():
                     self._publish(effect)
+        self._alarm.set(self._machine.due_ns)
 
     def _viewed(self, outcome: Any, now_ns: int) -> Iterable[SessionEffect]:
         return self._machine.viewed(outcome, now_ns)

@@ -109,7 +109,10 @@ class TellHolderState:
 
 @value
 class StartAt:
-    """Have `host` claim the identity and start its activation."""
+    """Have `host` claim the identity and start its activation.
+
+    `takes_lock` says that the claim is to take the lock too: nobody has yet.
+    """
 
     host: SessionId
     identity: Identity
@@ -118,6 +121,7 @@ class StartAt:
     epoch: int
     remaining_ns: int
     chain: tuple[str, ...] = ()
+    takes_lock: bool = False
 
 
 @value
@@ -174,7 +178,8 @@ class _Procedure:
     """One run of the procedure: what it waits for, and who waits for it.
 
     `awaiting` is the session whose answer (or end) it waits for; `holder` the
-    acquisition in its way; `may_hold` whether the store may hold its lock.
+    acquisition in its way; `may_hold` whether the store may hold its lock;
+    `takes_lock` whether the claim under way takes it itself.
     """
 
     identity: Identity
@@ -186,6 +191,7 @@ class _Procedure:
     awaiting: SessionId | None = None
     holder: Acquisition | None = None
     may_hold: bool = False
+    takes_lock: bool = False
     due_ns: int = 0
     asked: int = 0
     sent: int = 0
@@ -341,7 +347,16 @@ class Claims:
         )
         procedure.waiters[to] = deadline_ns
         self._running[identity] = procedure
+        procedure.takes_lock = self._is_host(identity)
         return self._acquire(procedure, now_ns)
+
+    def _is_host(self, identity: Identity) -> bool:
+        """Tell whether this very member would be chosen to host `identity`."""
+        assert self._table is not None
+        try:
+            return self._choose_host(identity, self._table).session == self._session
+        except NoAuthority:
+            return False
 
     # --- inputs: outcomes and answers ---
 
@@ -502,6 +517,8 @@ class Claims:
         procedure_number: int,
         host: SessionId,
         fencing_token: int,
+        *,
+        now_ns: int,
     ) -> tuple[ClaimEffect, ...]:
         """The host has claimed it, and the activation is started."""
         procedure = self._numbered(identity, procedure_number)
@@ -511,7 +528,8 @@ class Claims:
             or procedure.awaiting != host
         ):
             return ()
-        return self._found_at(procedure, Pid(identity, host, fencing_token))
+        found = self._found_at(procedure, Pid(identity, host, fencing_token))
+        return (*found, *self._admit(now_ns))
 
     def start_refused(
         self,
@@ -534,12 +552,19 @@ class Claims:
             return (
                 *self._end(procedure),
                 *self._refuse_all(procedure, refusal),
+                *self._admit(now_ns),
             )
+        if procedure.takes_lock:
+            self._acquiring.pop(identity, None)
+            if refusal.reason == "LockDenied":
+                # Somebody was there before: find out who, under the lock.
+                procedure.takes_lock, procedure.sent = False, 0
+                return (*self._acquire(procedure, now_ns), *self._admit(now_ns))
         # The host's knowledge or ours is old: look again, in a while.
         procedure.phase = "pausing"
         procedure.why = f"{host} refused: {refusal.message}"
         self._wait(procedure, now_ns)
-        return (NeedTopology(0),)
+        return (NeedTopology(0), *self._admit(now_ns))
 
     def tick(self, *, now_ns: int) -> tuple[ClaimEffect, ...]:
         """Send again what was not answered, and refuse whose time is over."""
@@ -616,8 +641,14 @@ class Claims:
             self._queue.append((procedure.identity, number))
             self._wait(procedure, now_ns)
             return ()
-        procedure.phase = "acquiring"
         self._acquiring[procedure.identity] = number
+        if procedure.takes_lock:
+            # Its own host: one write takes the lock, claims, and frees the lock.
+            assert self._session is not None
+            procedure.phase = "starting"
+            procedure.awaiting = self._session
+            return self._send_start(procedure, now_ns)
+        procedure.phase = "acquiring"
         procedure.may_hold = True
         self._wait(procedure, now_ns)
         return (AcquireLock(Acquire(procedure.identity, procedure.acquisition)),)
@@ -687,6 +718,7 @@ class Claims:
                 tuple(
                     dict.fromkeys(each for to in procedure.waiters for each in to.chain)
                 ),
+                procedure.takes_lock,
             ),
         )
 

@@ -141,13 +141,15 @@ class Claim:
 
     Conditional: the lock is held by `acquisition`, the entry's revision is
     `expected_revision`, and it has no owner or one whose session is closed.
-    `attempt` names this claim among all of its session's.
+    Without an acquisition the claim takes the lock itself, and releases it, in
+    its one write: the lock has to be free. `attempt` names this claim among all
+    of its session's.
     """
 
     identity: Identity
     session: SessionId
     attempt: int
-    acquisition: Acquisition
+    acquisition: Acquisition | None
     expected_revision: int
 
 

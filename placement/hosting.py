@@ -17,7 +17,7 @@ from placement.contracts import (
     GiveUp,
     Stale,
 )
-from placement.entry import Acquisition, ActivationRecord, Pid
+from placement.entry import Acquisition, ActivationEntry, ActivationRecord, Pid
 from placement.errors import Refusal
 from placement.event import Happened
 from placement.identity import Identity
@@ -255,8 +255,12 @@ class Hosting:
         host: SessionId,
         expected_revision: int,
         chain: tuple[str, ...] = (),
+        takes_lock: bool = False,
     ) -> tuple[HostingEffect, ...]:
-        """A coordinator wants it started here: claim it, or say why not."""
+        """A coordinator wants it started here: claim it, or say why not.
+
+        Where the claim `takes_lock`, nobody has looked at the entry before.
+        """
         to = address_of(acquisition.session)
         procedure = acquisition.procedure
         refusal = self._refusal(identity, host)
@@ -265,14 +269,18 @@ class Hosting:
             if hosted.state == "active":
                 assert hosted.pid is not None
                 return (TellStarted(to, hosted.pid, procedure),)
-            if hosted.claim is not None and hosted.claim.acquisition == acquisition:
+            if hosted.claim is not None and hosted.asked_by == (to, procedure):
                 return ()  # a repeated one: the first will be answered
             refusal = Refusal("Pending", f"{identity} is {hosted.state} here")
         if refusal is not None:
             return (TellStartRefused(to, identity, procedure, host, refusal),)
         self._last_attempt += 1
         claim = Claim(
-            identity, host, self._last_attempt, acquisition, expected_revision
+            identity,
+            host,
+            self._last_attempt,
+            None if takes_lock else acquisition,
+            expected_revision,
         )
         self._hosted[identity] = _Hosted(
             identity,
@@ -318,6 +326,18 @@ class Hosting:
                     *self._refuse_start(hosted, Refusal("StoreFailed", message)),
                     *self._remove(hosted),
                 )
+            case ClaimRefused(entry) if self._is_first_look(request, entry):
+                # Somebody hosted it before, and has given it up: claim over that.
+                self._last_attempt += 1
+                hosted.tried = 0
+                hosted.claim = Claim(
+                    request.identity,
+                    request.session,
+                    self._last_attempt,
+                    None,
+                    entry.revision,
+                )
+                return (ClaimEntry(hosted.claim),)
             case ClaimRefused(_, message):
                 return (
                     *self._refuse_start(hosted, Refusal("LockDenied", message)),
@@ -342,12 +362,21 @@ class Hosting:
                     StartActivation(pid, entry.record, hosted.chain),
                 )
 
+    def _is_first_look(self, request: Claim, entry: ActivationEntry) -> bool:
+        """Tell whether a claim that took the lock did not know of the entry."""
+        return (
+            request.acquisition is None
+            and request.expected_revision == 0
+            and entry.revision > 0
+            and entry.owner is None
+        )
+
     def started(self, pid: Pid) -> tuple[HostingEffect, ...]:
         """The activation serves."""
         hosted = self._of(pid)
         if hosted is None or hosted.state != "starting":
             return ()
-        hosted.state = "active"
+        hosted.state, hosted.claim = "active", None
         effects: list[HostingEffect] = [
             Happened(
                 kind="actor",
