@@ -45,7 +45,7 @@ from placement.contracts import (
     Release,
     Released,
 )
-from placement.entry import Acquisition
+from placement.entry import Acquisition, Pid
 from placement.errors import Refusal
 from placement.event import Happened
 from placement.hosting import TellStarted, TellStartRefused
@@ -120,19 +120,13 @@ class PartitionCoordinator(DispatchedActor):
             return
         now_ns = self.dispatcher.now_ns()
         match message:
-            case TopologyChanged(session, table, closed, why_not):
-                effects = self._claims.adopt(
-                    session, table, closed=closed, why_not=why_not, now_ns=now_ns
-                )
             case Arrived(sender, body):
                 effects = self._frame(sender, body, now_ns)
             case TellStarted(_, pid, procedure):
-                effects = self._claims.started(
-                    pid.identity,
-                    procedure,
-                    pid.session,
-                    pid.fencing_token,
-                    now_ns=now_ns,
+                effects = self._claims.started(pid, procedure, now_ns=now_ns)
+            case TopologyChanged(session, table, closed, why_not):
+                effects = self._claims.adopt(
+                    session, table, closed=closed, why_not=why_not, now_ns=now_ns
                 )
             case TellStartRefused(_, identity, procedure, host, refusal):
                 effects = self._claims.start_refused(
@@ -154,13 +148,8 @@ class PartitionCoordinator(DispatchedActor):
                     now_ns=now_ns,
                 )
             case Started(identity, procedure, host, token):
-                return claims.started(
-                    Identity.parse(identity),
-                    procedure,
-                    SessionId(host),
-                    token,
-                    now_ns=now_ns,
-                )
+                pid = Pid(Identity.parse(identity), SessionId(host), token)
+                return claims.started(pid, procedure, now_ns=now_ns)
             case StartRefused(identity, procedure, host, reason, message):
                 return claims.start_refused(
                     Identity.parse(identity),
@@ -219,6 +208,17 @@ class PartitionCoordinator(DispatchedActor):
     def _perform(self, effects: Iterable[ClaimEffect]) -> None:
         for effect in effects:
             match effect:
+                case StartAt(host) if address_of(host) == self._own:
+                    self._start_here(effect)
+                case AnswerPid(to, pid):
+                    self._send(
+                        to.address,
+                        Resolved(
+                            to.request, pid.identity, pid.session, pid.fencing_token
+                        ),
+                    )
+                case Happened():
+                    self._publish(effect)
                 case AcquireLock(request):
                     self._entries.tell(
                         Perform(request, self._acquired, self.dispatcher)
@@ -246,8 +246,6 @@ class PartitionCoordinator(DispatchedActor):
                             identity, holder.session, holder.procedure, procedure, state
                         ),
                     )
-                case StartAt(host) if address_of(host) == self._own:
-                    self._start_here(effect)
                 case StartAt(
                     host, identity, acquisition, revision, epoch, remaining, chain
                 ):
@@ -264,13 +262,6 @@ class PartitionCoordinator(DispatchedActor):
                             chain,
                         ),
                     )
-                case AnswerPid(to, pid):
-                    self._send(
-                        to.address,
-                        Resolved(
-                            to.request, pid.identity, pid.session, pid.fencing_token
-                        ),
-                    )
                 case RedirectTo(to, identity, epoch, owner):
                     self._send(to.address, Redirect(to.request, identity, epoch, owner))
                 case Refuse(to, identity, refusal):
@@ -280,6 +271,4 @@ class PartitionCoordinator(DispatchedActor):
                     )
                 case NeedTopology(epoch):
                     self._need_topology(epoch)
-                case Happened():
-                    self._publish(effect)
         self._alarm.set(self._claims.due_ns)

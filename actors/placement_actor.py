@@ -314,6 +314,7 @@ class PlacementActor(DispatchedActor):
             self._host(
                 self._hosting.passivate(pid.identity, fencing_token=pid.fencing_token)
             )
+        self._alarm.set(self._hosting.due_ns)
         self._alarm.set(self._registry.due_ns)
 
     def _end_idle(self, idle_for_ns: int, now_ns: int) -> None:
@@ -333,29 +334,33 @@ class PlacementActor(DispatchedActor):
         if not self._is_dead():
             now_ns = self.dispatcher.now_ns()
             self._host(self._hosting.claimed(request, outcome, now_ns=now_ns))
+            self._alarm.set(self._hosting.due_ns)
 
     def _given_up(self, request: GiveUp, outcome: Any) -> None:
         if not self._is_dead():
             now_ns = self.dispatcher.now_ns()
             self._host(self._hosting.given_up(request, outcome, now_ns=now_ns))
+            self._alarm.set(self._hosting.due_ns)
 
     def _host(self, effects: Iterable[HostingEffect]) -> None:
         for effect in effects:
             match effect:
+                case Happened():
+                    self._publish(effect)
                 case ClaimEntry(claim):
                     self._entries.tell(Perform(claim, self._claimed, self.dispatcher))
+                case StartActivation():
+                    self._start(effect)
+                case TellStarted(to) | TellStartRefused(to) if to == self._own_address:
+                    self._answer_here(effect)
                 case GiveUpEntry(give_up):
                     self._entries.tell(
                         Perform(give_up, self._given_up, self.dispatcher)
                     )
-                case StartActivation():
-                    self._start(effect)
                 case StopActivation(pid, lapsed):
                     found = self._registry.find(pid.identity)
                     if found is not None and found.pid == pid:
                         found.activation.stop(lapsed=lapsed)
-                case TellStarted(to) | TellStartRefused(to) if to == self._own_address:
-                    self._answer_here(effect)
                 case TellStarted(to, pid, procedure):
                     self._send(
                         to,
@@ -376,9 +381,6 @@ class PlacementActor(DispatchedActor):
                     )
                 case SessionSettled(session):
                     self._keep(self._own.settle(session, self.dispatcher.now_ns()))
-                case Happened():
-                    self._publish(effect)
-        self._alarm.set(self._hosting.due_ns)
 
     def _start(self, start: StartActivation) -> None:
         pid = start.pid

@@ -2,12 +2,15 @@
 
 One procedure an identity, whoever asks: acquire the lock, read the entry, then
 either ask the session that owns it, or choose a host and let it start the
-activation. Nothing is concluded from silence: a question or a start that is not
-answered is sent again, and ends when the store says that the session asked is
-closed. Times are nanoseconds of the caller's clock.
+activation. Where the host would be this very member its claim is tried first: it
+takes the lock itself, and stands where nobody was there before. Nothing is
+concluded from silence: a question or a start that is not answered is sent again,
+and ends when the store says that the session asked is closed. Times are
+nanoseconds of the caller's clock.
 """
 
 import heapq
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -199,6 +202,11 @@ class _Procedure:
 
     def latest_ns(self) -> int:
         return max(self.waiters.values())
+
+    def chain(self) -> tuple[str, ...]:
+        """All identities that wait for it, each once."""
+        chains = [to.chain for to in self.waiters if to.chain]
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(chains)))
 
 
 class Claims:
@@ -512,23 +520,17 @@ class Claims:
         )
 
     def started(
-        self,
-        identity: Identity,
-        procedure_number: int,
-        host: SessionId,
-        fencing_token: int,
-        *,
-        now_ns: int,
+        self, pid: Pid, procedure_number: int, *, now_ns: int
     ) -> tuple[ClaimEffect, ...]:
         """The host has claimed it, and the activation is started."""
-        procedure = self._numbered(identity, procedure_number)
+        procedure = self._numbered(pid.identity, procedure_number)
         if (
             procedure is None
             or procedure.phase != "starting"
-            or procedure.awaiting != host
+            or procedure.awaiting != pid.session
         ):
             return ()
-        found = self._found_at(procedure, Pid(identity, host, fencing_token))
+        found = self._found_at(procedure, pid)
         return (*found, *self._admit(now_ns))
 
     def start_refused(
@@ -655,6 +657,8 @@ class Claims:
 
     def _admit(self, now_ns: int) -> tuple[ClaimEffect, ...]:
         """Have those that have waited longest ask the store, while there is room."""
+        if not self._queue:
+            return ()
         effects: list[ClaimEffect] = []
         while self._queue and len(self._acquiring) < ACQUIRING_MAX:
             procedure = self._numbered(*self._queue.popleft())
@@ -715,9 +719,7 @@ class Claims:
                 procedure.revision,
                 self._table.epoch,
                 max(0, procedure.latest_ns() - now_ns),
-                tuple(
-                    dict.fromkeys(each for to in procedure.waiters for each in to.chain)
-                ),
+                procedure.chain(),
                 procedure.takes_lock,
             ),
         )
@@ -747,10 +749,8 @@ class Claims:
     def _found_at(self, procedure: _Procedure, pid: Pid) -> tuple[ClaimEffect, ...]:
         if procedure.phase == "starting":
             procedure.may_hold = False  # the claim's own write has released it
-        return (
-            *self._end(procedure),
-            *(AnswerPid(to, pid) for to in procedure.waiters),
-        )
+        ended = self._end(procedure)
+        return (*ended, *[AnswerPid(to, pid) for to in procedure.waiters])
 
     def _end(self, procedure: _Procedure) -> tuple[ClaimEffect, ...]:
         del self._running[procedure.identity]

@@ -123,8 +123,8 @@ class _Hold:
 
     identity: Identity
     request: int
-    bounced: deque[Outgoing] = field(default_factory=deque)
-    waiting: deque[Outgoing] = field(default_factory=deque)
+    bounced: list[Outgoing] = field(default_factory=list)
+    waiting: list[Outgoing] = field(default_factory=list)
     marked: Pid | None = None
     owner: SessionId | None = None
     followed_epoch: int = 0
@@ -137,6 +137,8 @@ class _Hold:
 
     def messages(self) -> list[Outgoing]:
         """All of them, in the order in which they were first sent."""
+        if not self.bounced and len(self.waiting) == 1:
+            return self.waiting  # the usual one
         # What came back may have come in any order: some from a node, some not
         # even sent.
         return sorted((*self.bounced, *self.waiting), key=lambda each: each.number)
@@ -249,8 +251,9 @@ class Deliveries:
 
     def hold(self, message: Outgoing, *, now_ns: int) -> tuple[DeliveryEffect, ...]:
         """Keep `message` until its way is known; find that out."""
-        refusal = self.refusal()
-        if refusal is not None:
+        if not self._is_ready:
+            refusal = self.refusal()
+            assert refusal is not None
             return (FailMessage(message, refusal),)
         hold = self._held.get(message.identity)
         if hold is not None:
@@ -355,7 +358,7 @@ class Deliveries:
                 token=pid.fencing_token,
             )
         ]
-        effects += (Transmit(pid, message) for message in hold.messages())
+        effects += [Transmit(pid, message) for message in hold.messages()]
         return (*effects, *self._admit(now_ns))
 
     def redirected(
@@ -457,13 +460,14 @@ class Deliveries:
     def _fail_late(self, hold: _Hold, now_ns: int) -> list[DeliveryEffect]:
         late = [each for each in hold.messages() if each.deadline_ns <= now_ns]
         if late:
-            hold.bounced = deque(m for m in hold.bounced if m.deadline_ns > now_ns)
-            hold.waiting = deque(m for m in hold.waiting if m.deadline_ns > now_ns)
+            hold.bounced = [m for m in hold.bounced if m.deadline_ns > now_ns]
+            hold.waiting = [m for m in hold.waiting if m.deadline_ns > now_ns]
         return [FailMessage(message, hold.refusal) for message in late]
 
     def _until(self, hold: _Hold, at_ns: int) -> None:
-        first = min(message.deadline_ns for message in hold.messages())
-        self._due(hold, min(at_ns, first))
+        for message in (*hold.bounced, *hold.waiting):
+            at_ns = min(at_ns, message.deadline_ns)
+        self._due(hold, at_ns)
 
     def _due(self, hold: _Hold, at_ns: int) -> None:
         hold.due_ns = at_ns
@@ -511,7 +515,10 @@ class Deliveries:
         hold.sent += 1
         self._until(hold, now_ns + _UNANSWERED.pause_ns(hold.sent))
         messages = hold.messages()
-        latest = max(message.deadline_ns for message in messages)
+        latest, chain = messages[0].deadline_ns, messages[0].chain
+        if len(messages) > 1:
+            latest = max(message.deadline_ns for message in messages)
+            chain = tuple(dict.fromkeys(each for m in messages for each in m.chain))
         return (
             ResolvePid(
                 hold.request,
@@ -519,6 +526,6 @@ class Deliveries:
                 owner,
                 epoch,
                 max(0, latest - now_ns),
-                tuple(dict.fromkeys(each for m in messages for each in m.chain)),
+                chain,
             ),
         )

@@ -345,7 +345,8 @@ class Hosting:
                 )
             case Claimed(entry):
                 self._again.pop(hosted.identity, None)
-                pid = Pid(entry.identity, hosted.session, entry.fencing_token)
+                pid = entry.record.pid
+                assert pid is not None
                 hosted.pid = pid
                 if self._is_draining:
                     hosted.why_failed = Refusal("NoAuthority", self._why_not)
@@ -538,7 +539,9 @@ class Hosting:
 
     def _of(self, pid: Pid) -> _Hosted | None:
         hosted = self._hosted.get(pid.identity)
-        return hosted if hosted is not None and hosted.pid == pid else None
+        if hosted is None or (hosted.pid is not pid and hosted.pid != pid):
+            return None
+        return hosted
 
     def _try_again(self, hosted: _Hosted, now_ns: int) -> None:
         hosted.tried += 1

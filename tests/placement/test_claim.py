@@ -153,7 +153,9 @@ def test_r3_1_where_its_own_member_hosts_the_claim_takes_the_lock() -> None:
     start = take(made)
 
     assert (start.host, start.expected_revision, start.takes_lock) == (A, 0, True)
-    assert made.started(CART, 1, A, 5, now_ns=0) == (AnswerPid(to(1), Pid(CART, A, 5)),)
+    assert made.started(Pid(CART, A, 5), 1, now_ns=0) == (
+        AnswerPid(to(1), Pid(CART, A, 5)),
+    )
     assert made.running_count == 0
 
 
@@ -216,7 +218,7 @@ def test_claims_that_take_the_lock_are_as_many_at_the_store_as_others() -> None:
     for number, identity in enumerate(identities):
         made.request(to(number), identity, epoch=1, deadline_ns=60 * S, now_ns=0)
 
-    started = made.started(identities[0], 1, A, 1, now_ns=1)
+    started = made.started(Pid(identities[0], A, 1), 1, now_ns=1)
     failed = Refusal("StoreFailed", "the disk is full")
     refused = made.start_refused(identities[1], 2, A, failed, now_ns=1)
 
@@ -261,7 +263,7 @@ def test_r2_5_concurrent_requests_are_one_procedure_and_one_answer_each() -> Non
     assert ask(made, 2) == ()
     made.acquired(request, acquired(), now_ns=0)
 
-    effects = made.started(CART, 1, A, 5, now_ns=1)
+    effects = made.started(Pid(CART, A, 5), 1, now_ns=1)
 
     pid = Pid(CART, A, 5)
     assert effects == (AnswerPid(to(1), pid), AnswerPid(to(2), pid))
@@ -381,8 +383,8 @@ def test_answers_of_another_procedure_or_host_change_nothing() -> None:
     made = claims()
     starting(made)
 
-    assert made.started(CART, 2, A, 5, now_ns=1) == ()
-    assert made.started(CART, 1, B, 5, now_ns=1) == ()
+    assert made.started(Pid(CART, A, 5), 2, now_ns=1) == ()
+    assert made.started(Pid(CART, B, 5), 1, now_ns=1) == ()
     assert made.start_refused(CART, 1, B, Refusal("Pending", ""), now_ns=0) == ()
     assert made.holder_answered(CART, Acquisition(B, 1), 1, "free", now_ns=0) == ()
     assert made.owner_answered(CART, A, 1, "here", 5, now_ns=0) == ()

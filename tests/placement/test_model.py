@@ -242,13 +242,7 @@ class Node:
             case TellStarted(to, pid, procedure):
                 self.send(
                     to,
-                    lambda n: n.claims.started(
-                        pid.identity,
-                        procedure,
-                        pid.session,
-                        pid.fencing_token,
-                        now_ns=n.now(),
-                    ),
+                    lambda n: n.claims.started(pid, procedure, now_ns=n.now()),
                 )
             case TellStartRefused(to, identity, procedure, host, refusal):
                 self.send(
