@@ -490,7 +490,7 @@ DEFECTS: dict[str, Defect] = {
     "late-release": _defect(LateRelease, 1, "stale-write"),
     "stale-save": _defect(StaleSave, 2, "stale-write"),
     "no-output-gate": _defect(NoOutputGate, 1, "saves-kept", "linearizable"),
-    "blind-repeat": _defect(BlindRepeat, 8, "saves-kept", "linearizable"),
+    "blind-repeat": _defect(BlindRepeat, 3, "saves-kept", "linearizable"),
     "sent-again": _defect(SentAgain, 1, "handled-once"),
     "handled-twice": _defect(HandledTwice, 1, "handled-once"),
     "order-lost": _defect(OrderLost, 1, "order"),
