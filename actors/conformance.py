@@ -340,6 +340,50 @@ class ActivationConformance(Conformance):
 
         _refused(store, Claim(CART, B, next(_numbers), mine, revision))
 
+    def test_r3_1_a_claim_without_an_acquisition_takes_the_lock_and_frees_it(
+        self,
+    ) -> None:
+        store = self._new(A, B)
+
+        first = _only(store.claim([_taking(A, 0)]), Claimed).entry
+
+        _equal(first.owner, A, "owner")
+        _acquire(store, CART, _acquisition(B))
+
+    def test_r3_2_a_claim_that_takes_the_lock_is_refused_while_it_is_held(self) -> None:
+        store = self._new(A, B)
+        mine = _acquisition(B)
+        revision = _acquire(store, CART, mine).entry.revision
+
+        for session in (A, B):
+            _refused(store, _taking(session, revision))
+
+        # The refused have not taken it either.
+        request = Claim(CART, B, next(_numbers), mine, revision)
+        _equal(_only(store.claim([request]), Claimed).entry.owner, B, "owner")
+
+    def test_r3_5_a_claim_takes_the_lock_of_a_closed_session(self) -> None:
+        store = self._new(A, B)
+        _acquire(store, CART, _acquisition(A))
+        _close(store, A)
+
+        _equal(_only(store.claim([_taking(B, 0)]), Claimed).entry.owner, B, "owner")
+
+    def test_r3_3_a_late_claim_that_takes_the_lock_changes_nothing(self) -> None:
+        store = self._new(A, B)
+        request = _taking(A, 0)
+        first = _only(store.claim([request]), Claimed).entry
+        again = _only(store.claim([request]), Claimed).entry
+        _equal(_plain(again), _plain(first), "entry")
+        _refused(store, _taking(B, first.revision))
+        _give_up(store, GiveUp(CART, first.fencing_token))
+
+        refused = _refused(store, request)
+
+        _equal(refused.entry.owner, None, "owner")
+        later = _only(store.claim([_taking(B, refused.entry.revision)]), Claimed).entry
+        _check(later.fencing_token > first.fencing_token, "the token grows")
+
     def test_r3_3_a_claim_against_a_moved_revision_is_refused(self) -> None:
         store = self._new(A, B)
         owned = _own(store, CART, A)
@@ -1081,6 +1125,11 @@ def _try_to_own(
     (outcome,) = _patiently(lambda: store.claim([request]))
     _patiently(lambda: store.release([Release(identity, mine)]))
     return outcome.entry if isinstance(outcome, Claimed) else None
+
+
+def _taking(session: SessionId, revision: int) -> Claim:
+    """A claim of the cart that takes the lock itself."""
+    return Claim(CART, session, next(_numbers), None, revision)
 
 
 def _refused(store: Store, request: Claim) -> ClaimRefused:

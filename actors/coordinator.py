@@ -1,7 +1,6 @@
 """The PartitionCoordinator: decides the claims of the partitions its node owns."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import pykka
@@ -46,19 +45,21 @@ from placement.contracts import (
     Release,
     Released,
 )
-from placement.entry import Acquisition
+from placement.entry import Acquisition, Pid
 from placement.errors import Refusal
 from placement.event import Happened
+from placement.hosting import TellStarted, TellStartRefused
 from placement.identity import Identity
 from placement.partition import PartitionTable
 from placement.topology import Address, SessionId, address_of
+from placement.value import value
 
 CoordinatorFrame: TypeAlias = (
     Resolve | Started | StartRefused | OwnerAnswer | AskHolder | HolderAnswer
 )
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Arrived:
     """A frame has come from `sender`."""
 
@@ -66,7 +67,7 @@ class Arrived:
     body: Frame
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TopologyChanged:
     """The node's session and the table of the newest topology; who is closed."""
 
@@ -74,6 +75,11 @@ class TopologyChanged:
     table: PartitionTable | None
     closed: tuple[SessionId, ...]
     why_not: str = ""
+
+
+CoordinatorMessage: TypeAlias = (
+    Arrived | TopologyChanged | TellStarted | TellStartRefused
+)
 
 
 class PartitionCoordinator(DispatchedActor):
@@ -84,8 +90,10 @@ class PartitionCoordinator(DispatchedActor):
         *,
         dispatcher: Dispatcher,
         claims: Claims,
+        own: Address,
         entries: pykka.ActorRef[Any],
         send: Callable[[Address, Frame], bool],
+        start_here: Callable[[StartAt], None],
         need_topology: Callable[[int], None],
         publish: Callable[[Happened], None],
         is_dead: Callable[[], bool],
@@ -93,8 +101,10 @@ class PartitionCoordinator(DispatchedActor):
     ) -> None:
         super().__init__(dispatcher=dispatcher, on_bug=on_bug)
         self._claims = claims
+        self._own = own
         self._entries = entries
         self._send = send
+        self._start_here = start_here
         self._need_topology = need_topology
         self._publish = publish
         self._is_dead = is_dead
@@ -104,18 +114,24 @@ class PartitionCoordinator(DispatchedActor):
         """Leave no timer behind."""
         self._alarm.cancel()
 
-    def on_receive(self, message: Arrived | TopologyChanged) -> None:
-        """Decide on a frame, or by a new topology."""
+    def on_receive(self, message: CoordinatorMessage) -> None:
+        """Decide on a frame, on an answer of this node's own, or by a topology."""
         if self._is_dead():
             return
         now_ns = self.dispatcher.now_ns()
         match message:
+            case Arrived(sender, body):
+                effects = self._frame(sender, body, now_ns)
+            case TellStarted(_, pid, procedure):
+                effects = self._claims.started(pid, procedure, now_ns=now_ns)
             case TopologyChanged(session, table, closed, why_not):
                 effects = self._claims.adopt(
                     session, table, closed=closed, why_not=why_not, now_ns=now_ns
                 )
-            case Arrived(sender, body):
-                effects = self._frame(sender, body, now_ns)
+            case TellStartRefused(_, identity, procedure, host, refusal):
+                effects = self._claims.start_refused(
+                    identity, procedure, host, refusal, now_ns=now_ns
+                )
         self._perform(effects)
 
     def _frame(
@@ -132,9 +148,8 @@ class PartitionCoordinator(DispatchedActor):
                     now_ns=now_ns,
                 )
             case Started(identity, procedure, host, token):
-                return claims.started(
-                    Identity.parse(identity), procedure, SessionId(host), token
-                )
+                pid = Pid(Identity.parse(identity), SessionId(host), token)
+                return claims.started(pid, procedure, now_ns=now_ns)
             case StartRefused(identity, procedure, host, reason, message):
                 return claims.start_refused(
                     Identity.parse(identity),
@@ -193,6 +208,17 @@ class PartitionCoordinator(DispatchedActor):
     def _perform(self, effects: Iterable[ClaimEffect]) -> None:
         for effect in effects:
             match effect:
+                case StartAt(host) if address_of(host) == self._own:
+                    self._start_here(effect)
+                case AnswerPid(to, pid):
+                    self._send(
+                        to.address,
+                        Resolved(
+                            to.request, pid.identity, pid.session, pid.fencing_token
+                        ),
+                    )
+                case Happened():
+                    self._publish(effect)
                 case AcquireLock(request):
                     self._entries.tell(
                         Perform(request, self._acquired, self.dispatcher)
@@ -236,13 +262,6 @@ class PartitionCoordinator(DispatchedActor):
                             chain,
                         ),
                     )
-                case AnswerPid(to, pid):
-                    self._send(
-                        to.address,
-                        Resolved(
-                            to.request, pid.identity, pid.session, pid.fencing_token
-                        ),
-                    )
                 case RedirectTo(to, identity, epoch, owner):
                     self._send(to.address, Redirect(to.request, identity, epoch, owner))
                 case Refuse(to, identity, refusal):
@@ -252,6 +271,4 @@ class PartitionCoordinator(DispatchedActor):
                     )
                 case NeedTopology(epoch):
                     self._need_topology(epoch)
-                case Happened():
-                    self._publish(effect)
         self._alarm.set(self._claims.due_ns)

@@ -230,12 +230,18 @@ class _Inbox:
         self.awaken()
 
     def put(self, envelope: Any, /) -> None:
-        if self._defer is None or not self._defer(self._take_in, envelope):
-            self._take_in(envelope)
+        if self._defer is not None:
+            if not self._defer(self._take_in, envelope):
+                self._take_in(envelope)
+            return
+        self.envelopes.append(envelope)
+        if not self._is_awake:
+            self.awaken()
 
     def _take_in(self, envelope: Any) -> None:
         self.envelopes.append(envelope)
-        self.awaken()
+        if not self._is_awake:
+            self.awaken()
 
     def awaken(self) -> None:
         if not self._is_awake and self._wake is not None and self.envelopes:
@@ -255,6 +261,38 @@ class _Inbox:
         return not self.envelopes
 
 
+class _Told:
+    """A message in an inbox, as pykka's own envelope is; nobody waits for an answer."""
+
+    __slots__ = ("message",)
+    reply_to = None
+
+    def __init__(self, message: Any) -> None:
+        self.message = message
+
+
+class DispatchedRef(pykka.ActorRef[Any]):
+    """The reference to an actor whose messages a dispatcher has handled."""
+
+    def __init__(self, actor: "DispatchedActor") -> None:
+        super().__init__(actor)
+        #: As `tell`, in a turn of the actor's dispatcher: it is handled in that turn,
+        #: where nothing waits before it.
+        self.hand: Callable[[Any], None] = actor.take
+        self._is_stopped = self.actor_stopped.is_set
+        self._put: Callable[[Any], None] = self.actor_inbox.put
+
+    def tell(self, message: Any) -> None:
+        """Have `message` handled, in order; as pykka's, in fewer steps.
+
+        Raises:
+            ActorDeadError: it has stopped.
+        """
+        if self._is_stopped():
+            raise pykka.ActorDeadError(f"{self} not found")
+        self._put(_Told(message))
+
+
 class DispatchedActor(pykka.Actor):
     """A pykka actor whose messages are handled in turns of a dispatcher.
 
@@ -266,7 +304,7 @@ class DispatchedActor(pykka.Actor):
     batch_max: ClassVar[int] = 256
 
     @classmethod
-    def start(cls, *args: Any, **kwargs: Any) -> pykka.ActorRef[Any]:
+    def start(cls, *args: Any, **kwargs: Any) -> DispatchedRef:
         """Start it, unknown to pykka's registry.
 
         What is registered there is the program's own, and ends when the program
@@ -274,7 +312,7 @@ class DispatchedActor(pykka.Actor):
         """
         actor = cls(*args, **kwargs)
         actor._start_actor_loop()
-        return actor.actor_ref
+        return actor._dispatched_ref
 
     def __init__(
         self,
@@ -285,6 +323,30 @@ class DispatchedActor(pykka.Actor):
         super().__init__()
         self.dispatcher = dispatcher
         self._on_bug = on_bug
+        self._is_handling = False
+        inbox: Any = self.actor_inbox
+        self._envelopes: deque[Any] = inbox.envelopes
+        self._actor_ref = self._dispatched_ref = DispatchedRef(self)
+
+    def take(self, message: Any) -> None:
+        """Handle `message` in this turn of the dispatcher, or behind what waits.
+
+        Nothing happens once the actor has stopped: nobody needs to know any more. The
+        way through the inbox costs more than the handling of most messages.
+        """
+        if self.actor_stopped.is_set():
+            return
+        if self._is_handling or self._envelopes:
+            self.actor_ref.tell(message)
+        else:
+            self._is_handling = True
+            try:
+                self.on_receive(message)
+            except BaseException as error:  # as one that was told
+                self._fail(error)
+                self._actor_loop_teardown()
+            finally:
+                self._is_handling = False
 
     @staticmethod
     def _create_actor_inbox() -> Any:
@@ -308,9 +370,11 @@ class DispatchedActor(pykka.Actor):
         batch: list[Any] = []
         while inbox.envelopes and len(batch) < self.batch_max:
             batch.append(inbox.envelopes.popleft())
+        self._is_handling = True
         try:
             self._handle_batch(batch)
         finally:
+            self._is_handling = False
             # Without it nothing would ever wake the actor again.
             if self.actor_stopped.is_set():
                 self._actor_loop_teardown()
@@ -329,13 +393,17 @@ class DispatchedActor(pykka.Actor):
                 if envelope.reply_to is not None:
                     envelope.reply_to.set_exception()
                     continue
-                log.exception("an actor raised", actor=type(self).__name__)
-                self._stop()
-                if self._on_bug is not None:
-                    self._on_bug(error)
+                self._fail(error)
             else:
                 if envelope.reply_to is not None:
                     envelope.reply_to.set(answer)
+
+    def _fail(self, error: BaseException) -> None:
+        """What it has raised is the end of it."""
+        log.exception("an actor raised", actor=type(self).__name__)
+        self._stop()
+        if self._on_bug is not None:
+            self._on_bug(error)
 
 
 class Alarm:

@@ -147,17 +147,19 @@ class EventStream:
         self,
         node: str,
         wall_ms: Callable[[], int],
+        epoch: Callable[[], int],
         start_reader: StartReader = start_thread_reader,
     ) -> None:
         self._node = node
         self._wall_ms = wall_ms
+        self._epoch = epoch
         self._start_reader = start_reader
         self._lock = threading.Lock()
         self._number = 0
         self._subscriptions: list[Subscription] = []
         self.counts: Counter[str] = Counter()
 
-    def publish(self, happened: Happened, epoch: int) -> None:
+    def publish(self, happened: Happened) -> None:
         """Number it, and hand it to whoever subscribes; returns at once."""
         with self._lock:
             self._number += 1
@@ -169,7 +171,7 @@ class EventStream:
                 node=self._node,
                 number=self._number,
                 at_ms=self._wall_ms(),
-                epoch=epoch,
+                epoch=self._epoch(),
             )
             for subscription in self._subscriptions:
                 subscription.put(event)

@@ -213,6 +213,15 @@ class _Rules(RecordStore):
         raise NotImplementedError
 
 
+def _expects_nothing(request: Any) -> bool:
+    """Tell whether a key that is not known may be tried as if it were new."""
+    return isinstance(request, Acquire) or (
+        isinstance(request, Claim)
+        and request.acquisition is None
+        and request.expected_revision == 0
+    )
+
+
 def _is_to_confirm(request: Any, outcome: Any, row: Row) -> bool:
     """Tell whether an outcome without a write rests on the row being the newest."""
     match outcome:
@@ -387,7 +396,7 @@ class NatsEntries:
         identity, request = deed.identity, deed.request
         known = self._known.get(identity)
         is_read = known is None or isinstance(request, Load)
-        if known is None and isinstance(request, Acquire) and not deed.has_read:
+        if known is None and not deed.has_read and _expects_nothing(request):
             known, is_read = _Known(), False
         elif is_read:
             known = await self._read_entry(deed)

@@ -13,6 +13,7 @@ from msgspec.structs import astuple
 
 from actors.activation import Activation, GrainActivation, Mail
 from actors.coordinator import Arrived, PartitionCoordinator, TopologyChanged
+from actors.dispatch import DispatchedRef
 from actors.engine import EmbeddedEngine, Engine, Settings, ThreadEngine
 from actors.engine_url import open_engine
 from actors.event_stream import EventStream
@@ -80,7 +81,7 @@ from placement.partition import PartitionTable
 from placement.pidcache import PidCache, PlacementResolution
 from placement.registry import VirtualActorRegistry
 from placement.session import Observer, OwnSession
-from placement.topology import Member, SessionId, Topology, address_of
+from placement.topology import Address, Member, SessionId, Topology, address_of
 
 #: So many members are named to a client that asks: the others it hears of by
 #: redirects.
@@ -357,6 +358,11 @@ class PlacementNode(Verbs):
         for kind, each in self._kinds.items():
             Identity(kind, "x")
             each.check(settings.margin_s)
+        self._strategies = {
+            kind: each.strategy
+            for kind, each in self._kinds.items()
+            if each.strategy is not None
+        }
         self._own_engine: ThreadEngine | None = None
         if isinstance(engine, str):
             engine = self._own_engine = open_engine(engine, store, settings)
@@ -380,7 +386,10 @@ class PlacementNode(Verbs):
         self._stuck_since_ns = 0
         self._why_not = "the node has not started"
         clock = self._engine.clock
-        self.events = EventStream(name, clock.wall_ms, self._engine.start_reader)
+        self.events = EventStream(
+            name, clock.wall_ms, lambda: self.epoch, self._engine.start_reader
+        )
+        self._publish = self.events.publish
         self.address = self._engine.address(name)
         self._grains = self._engine.dispatcher(f"grains-{name}")
         self._registry: VirtualActorRegistry[Activation] = VirtualActorRegistry()
@@ -414,18 +423,20 @@ class PlacementNode(Verbs):
         self._claims = self.claims_type(
             choose_host=self._choose_host, find_here=hosting.serving
         )
-        self._coordinator: pykka.ActorRef[Any] = self.coordinator_type.start(
+        self._coordinator: DispatchedRef = self.coordinator_type.start(
             dispatcher=self._engine.system,
             claims=self._claims,
+            own=self.address,
             entries=self._engine.entries,
             send=self._postbox.send,
+            start_here=lambda start: self._placement.hand(start),  # noqa: PLW0108  made below
             need_topology=self._need_topology,
             publish=self._publish,
             is_dead=lambda: self.is_dead,
             on_bug=self._break,
         )
         renew_ns = round(settings.renew_every_s * 1e9)
-        self._placement: pykka.ActorRef[Any] = self.placement_type.start(
+        self._placement: DispatchedRef = self.placement_type.start(
             dispatcher=self._engine.system,
             own=self.session_type(
                 self.address,
@@ -440,7 +451,9 @@ class PlacementNode(Verbs):
             registry=self._registry,
             entries=self._engine.entries,
             sessions=self._engine.sessions,
+            own_address=self.address,
             send=self._postbox.send,
+            answer_here=self._coordinator.hand,
             send_echo=self._postbox.send_echo,
             publish=self._publish,
             node=self,
@@ -448,6 +461,25 @@ class PlacementNode(Verbs):
             on_bug=self._break,
         )
         self._guards: dict[SessionId, Guard] = {}
+        #: Who takes a frame; the placement actor what is not here.
+        self._takes: dict[type[Frame], Callable[[Address, Any], None]] = {
+            Deliver: self._deliver,
+            Answer: self._answered,
+            Failure: self._failed,
+            Resolved: self._to_outbox,
+            Redirect: self._to_outbox,
+            Refused: self._to_outbox,
+            Bounce: self._outbox.on_bounce,
+            Mark: self._mark,
+            Marked: self._marked,
+            Find: self._find,
+            Resolve: self._to_coordinator,
+            Started: self._to_coordinator,
+            StartRefused: self._to_coordinator,
+            OwnerAnswer: self._to_coordinator,
+            AskHolder: self._to_coordinator,
+            HolderAnswer: self._to_coordinator,
+        }
 
     # --- life ----------------------------------------------------------------
 
@@ -847,9 +879,6 @@ class PlacementNode(Verbs):
 
     # --- what its parts call -------------------------------------------------
 
-    def _publish(self, happened: Happened) -> None:
-        self.events.publish(happened, self.epoch)
-
     def _tell_placement(self, message: Any) -> None:
         try:
             self._placement.tell(message)
@@ -860,15 +889,15 @@ class PlacementNode(Verbs):
         self._tell_placement(NeedNewTopology(epoch))
 
     def _choose_host(self, identity: Identity, table: PartitionTable) -> Member:
-        kind = self._kinds.get(identity.kind)
-        if kind is None or kind.strategy is None:
-            return table.host_of(identity)
         default = table.host_of(identity)
+        strategy = self._strategies.get(identity.kind) if self._strategies else None
+        if strategy is None:
+            return default
         eligible = tuple(
             member for member in table.topology.members if member.hosts(identity.kind)
         )
         try:
-            chosen = kind.strategy(identity, eligible, table.owner_of(identity))
+            chosen = strategy(identity, eligible, table.owner_of(identity))
             if chosen in eligible:
                 return chosen
             reason = f"it chose {chosen!r}, which is not eligible"
@@ -888,35 +917,32 @@ class PlacementNode(Verbs):
     def _frame(self, sender: Any, body: Frame) -> None:
         if self.is_dead:
             return
-        match body:
-            case Deliver():
-                self._deliver(sender, body)
-            case Answer():
-                self._outbox.on_answer(body)
-            case Failure():
-                self._outbox.on_failure(body)
-            case Resolved() | Redirect() | Refused():
-                self._outbox.on_resolution(body)
-            case Bounce():
-                self._outbox.on_bounce(sender, body)
-            case Mark(identity, token, mark):
-                # All that came before it on this way has been handled.
-                self._postbox.send(sender, Marked(identity, token, mark))
-            case Find(request):
-                self._postbox.send(sender, self._members_for(request))
-            case Marked(identity, _, mark):
-                self._outbox.on_marked(Identity.parse(identity), mark)
-            case (
-                Resolve()
-                | Started()
-                | StartRefused()
-                | OwnerAnswer()
-                | AskHolder()
-                | HolderAnswer()
-            ):
-                self._tell(self._coordinator, Arrived(sender, body))
-            case _:
-                self._tell(self._placement, Arrived(sender, body))
+        self._takes.get(type(body), self._to_placement)(sender, body)
+
+    def _to_outbox(self, _: Address, body: Resolved | Redirect | Refused) -> None:
+        self._outbox.on_resolution(body)
+
+    def _to_coordinator(self, sender: Address, body: Frame) -> None:
+        self._coordinator.hand(Arrived(sender, body))
+
+    def _to_placement(self, sender: Address, body: Frame) -> None:
+        self._placement.hand(Arrived(sender, body))
+
+    def _answered(self, _: Address, body: Answer) -> None:
+        self._outbox.on_answer(body)
+
+    def _failed(self, _: Address, body: Failure) -> None:
+        self._outbox.on_failure(body)
+
+    def _marked(self, _: Address, body: Marked) -> None:
+        self._outbox.on_marked(Identity.parse(body.identity), body.mark)
+
+    def _mark(self, sender: Address, body: Mark) -> None:
+        # All that came before it on this way has been handled.
+        self._postbox.send(sender, Marked(body.identity, body.token, body.mark))
+
+    def _find(self, sender: Address, body: Find) -> None:
+        self._postbox.send(sender, self._members_for(body.request))
 
     def _members_for(self, request: int) -> Found | FindRefused:
         """Members that a client may begin with, this one first if it can be."""

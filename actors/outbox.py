@@ -5,7 +5,6 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from actors.activation import Activation, Mail
@@ -53,13 +52,6 @@ from placement.topology import Address, SessionId, address_of
 
 _LOOK_EVERY_NS = 20_000_000
 _DEADLINES_MIN = 1_024
-
-
-@dataclass(slots=True, eq=False)
-class _Sought:
-    """A resolution that somebody waits for, held like a message."""
-
-    future: Future
 
 
 class Outbox:
@@ -263,9 +255,9 @@ class Outbox:
         seconds = self.ask_timeout if timeout is None else timeout
         deadline_ns = now_ns + max(0, round(seconds * 1e9))
         with self.lock:
+            # Held like a message: whoever waits for it is all that it says.
             self._dispatch(
-                Outgoing(self._take_number(), identity, deadline_ns, _Sought(future)),
-                now_ns,
+                Outgoing(self._take_number(), identity, deadline_ns, future), now_ns
             )
 
     def keep(self, resolution: PlacementResolution) -> None:
@@ -324,6 +316,8 @@ class Outbox:
         match effect:
             case Transmit(pid, message):
                 self._effects.extend(self._transmit(pid, message, self._now_ns()))
+            case Happened():
+                self._publish(effect)
             case ResolvePid(request, identity, owner, epoch, remaining_ns, chain):
                 # Undeliverable ones are asked again at the next look.
                 self._send_frame(
@@ -345,15 +339,13 @@ class Outbox:
                 self._fail(message, refusal)
             case NeedTopology(epoch):
                 self._needed_epochs.add(epoch)
-            case Happened():
-                self._publish(effect)
 
     def _transmit(
         self, pid: Pid, message: Outgoing, now_ns: int
     ) -> tuple[DeliveryEffect, ...]:
         content = message.content
-        if isinstance(content, _Sought):
-            content.future.set(pid)
+        if isinstance(content, Future):
+            content.set(pid)
             return ()
         assert isinstance(content, Mail)
         asked = None
@@ -397,8 +389,8 @@ class Outbox:
 
     def _fail(self, message: Outgoing, refusal: Refusal) -> None:
         content = message.content
-        if isinstance(content, _Sought):
-            content.future.set_error(refusal.error())
+        if isinstance(content, Future):
+            content.set_error(refusal.error())
         elif isinstance(content, Mail) and content.is_ask:
             asked = self._asked.pop(message.number, None)
             if asked is not None:
@@ -501,7 +493,12 @@ class Outbox:
             now_ns = self._now_ns()
             match frame:
                 case Resolved(request, identity, session, token):
-                    pid = Pid(Identity.parse(identity), SessionId(session), token)
+                    named = Identity.parse(identity)
+                    found = self._registry.find(named)
+                    if found is not None and found.pid.fencing_token == token:
+                        pid = found.pid  # one for all that keep it
+                    else:
+                        pid = Pid(named, SessionId(session), token)
                     effects = self._deliveries.resolved(request, pid, now_ns=now_ns)
                 case Redirect(request, _, epoch, session):
                     effects = self._deliveries.redirected(

@@ -1,7 +1,6 @@
 """The PlacementActor: keeps its node's session, and hosts its activations."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -22,6 +21,7 @@ from messages.frames import (
     StartRefused,
     TopologyHint,
 )
+from placement.claim import StartAt
 from placement.contracts import Claim, Claimed, ClaimRefused, Failed, GiveUp
 from placement.entry import Acquisition, ActivationRecord, Pid
 from placement.errors import Refusal
@@ -57,45 +57,46 @@ from placement.session import (
     WriteMembers,
 )
 from placement.topology import Address, SessionId, Topology
+from placement.value import value
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class BeginMember:
     """Open a session, and host."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class BeginClient:
     """Read who the members are."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Drain:
     """Own no partitions, start nothing new, end what runs."""
 
     why: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Stop:
     """Drain, then close the session and leave."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class NeedNewTopology:
     """Somebody speaks of a newer epoch; 0: perhaps."""
 
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class HasStarted:
     """An activation serves."""
 
     pid: Pid
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class HasFailed:
     """An activation did not start."""
 
@@ -103,7 +104,7 @@ class HasFailed:
     refusal: Refusal
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class HasEnded:
     """An activation's last user code has been left."""
 
@@ -112,7 +113,7 @@ class HasEnded:
     snapshot: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class EndIdle:
     """Passivate all that were not used for so long."""
 
@@ -129,6 +130,7 @@ PlacementMessage: TypeAlias = (
     | HasFailed
     | HasEnded
     | EndIdle
+    | StartAt
     | Arrived
 )
 
@@ -176,7 +178,9 @@ class PlacementActor(DispatchedActor):
         registry: VirtualActorRegistry[Activation],
         entries: pykka.ActorRef[Any],
         sessions: pykka.ActorRef[Any],
+        own_address: Address,
         send: Callable[[Address, Frame], bool],
+        answer_here: Callable[[TellStarted | TellStartRefused], None],
         send_echo: Callable[[Frame], None],
         publish: Callable[[Happened], None],
         node: Surroundings,
@@ -190,7 +194,9 @@ class PlacementActor(DispatchedActor):
         self._registry = registry
         self._entries = entries
         self._sessions = sessions
+        self._own_address = own_address
         self._send = send
+        self._answer_here = answer_here
         self._send_echo = send_echo
         self._publish = publish
         self._node = node
@@ -211,6 +217,19 @@ class PlacementActor(DispatchedActor):
         match message:
             case HasStarted(pid):
                 self._host(self._hosting.started(pid))
+            case StartAt(
+                host, identity, acquisition, revision, _, _, chain, takes_lock
+            ):
+                self._host(
+                    self._hosting.start(
+                        identity,
+                        acquisition=acquisition,
+                        host=host,
+                        expected_revision=revision,
+                        chain=chain,
+                        takes_lock=takes_lock,
+                    )
+                )
             case HasEnded(pid, version, snapshot):
                 self._registry.remove(pid)
                 self._host(self._hosting.ended(pid, version=version, snapshot=snapshot))
@@ -233,7 +252,6 @@ class PlacementActor(DispatchedActor):
                 self._host(self._hosting.drain(why))
             case Stop():
                 self._stop_node(now_ns)
-        self._set_alarm()
 
     @property
     def _machine(self) -> OwnSession | Observer:
@@ -285,14 +303,6 @@ class PlacementActor(DispatchedActor):
 
     # --- time ---
 
-    def _set_alarm(self) -> None:
-        for due_ns in (
-            self._machine.due_ns,
-            self._hosting.due_ns,
-            self._registry.due_ns,
-        ):
-            self._alarm.set(due_ns)
-
     def _tick(self) -> None:
         if self._is_dead():
             return
@@ -304,7 +314,8 @@ class PlacementActor(DispatchedActor):
             self._host(
                 self._hosting.passivate(pid.identity, fencing_token=pid.fencing_token)
             )
-        self._set_alarm()
+        self._alarm.set(self._hosting.due_ns)
+        self._alarm.set(self._registry.due_ns)
 
     def _end_idle(self, idle_for_ns: int, now_ns: int) -> None:
         for each in self._registry.all():
@@ -324,25 +335,29 @@ class PlacementActor(DispatchedActor):
         if not self._is_dead():
             now_ns = self.dispatcher.now_ns()
             self._host(self._hosting.claimed(request, outcome, now_ns=now_ns))
-            self._set_alarm()
+            self._alarm.set(self._hosting.due_ns)
 
     def _given_up(self, request: GiveUp, outcome: Any) -> None:
         if not self._is_dead():
             now_ns = self.dispatcher.now_ns()
             self._host(self._hosting.given_up(request, outcome, now_ns=now_ns))
-            self._set_alarm()
+            self._alarm.set(self._hosting.due_ns)
 
     def _host(self, effects: Iterable[HostingEffect]) -> None:
         for effect in effects:
             match effect:
+                case Happened():
+                    self._publish(effect)
                 case ClaimEntry(claim):
                     self._entries.tell(Perform(claim, self._claimed, self.dispatcher))
+                case StartActivation():
+                    self._start(effect)
+                case TellStarted(to) | TellStartRefused(to) if to == self._own_address:
+                    self._answer_here(effect)
                 case GiveUpEntry(give_up):
                     self._entries.tell(
                         Perform(give_up, self._given_up, self.dispatcher)
                     )
-                case StartActivation():
-                    self._start(effect)
                 case StopActivation(pid, lapsed):
                     found = self._registry.find(pid.identity)
                     if found is not None and found.pid == pid:
@@ -367,8 +382,6 @@ class PlacementActor(DispatchedActor):
                     )
                 case SessionSettled(session):
                     self._keep(self._own.settle(session, self.dispatcher.now_ns()))
-                case Happened():
-                    self._publish(effect)
 
     def _start(self, start: StartActivation) -> None:
         pid = start.pid
@@ -381,6 +394,7 @@ class PlacementActor(DispatchedActor):
             now_ns=self.dispatcher.now_ns(),
             idle_after_ns=None if idle_after is None else round(idle_after * 1e9),
         )
+        self._alarm.set(self._registry.due_ns)
         activation.start()
 
     # --- effects of the session ---
@@ -391,7 +405,6 @@ class PlacementActor(DispatchedActor):
         def reply(_: Any, outcome: Any) -> None:
             if not self._is_dead():
                 self._keep(take(outcome, self.dispatcher.now_ns()))
-                self._set_alarm()
 
         self._sessions.tell(Perform(request, reply, self.dispatcher))
 
@@ -426,6 +439,7 @@ class PlacementActor(DispatchedActor):
                     self._node.adopted(topology, closed)
                 case Happened():
                     self._publish(effect)
+        self._alarm.set(self._machine.due_ns)
 
     def _viewed(self, outcome: Any, now_ns: int) -> Iterable[SessionEffect]:
         return self._machine.viewed(outcome, now_ns)

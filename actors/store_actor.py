@@ -30,6 +30,7 @@ from placement.session import (
     StoreTrouble,
     WriteMembers,
 )
+from placement.value import value
 
 #: How long the requests of a failed batch are tried one by one.
 _ALONE_NS = 500_000_000
@@ -40,7 +41,7 @@ SessionRequest: TypeAlias = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Perform:
     """Perform `request`; `reply(request, outcome)` runs as a turn of `to`."""
 
@@ -164,7 +165,6 @@ class StoreActor(DispatchedActor):
     def _handle_batch(self, batch: list[Any]) -> None:
         entries: list[Perform] = []
         urgent: list[Perform] = []
-        done: list[tuple[Perform, Any]] = []
         others: list[Any] = []
         for envelope in batch:
             message = envelope.message
@@ -185,16 +185,23 @@ class StoreActor(DispatchedActor):
             steps = _steps(entries)
             with self._turnstile.patient:
                 self._perform_all(steps)
-            done += ((asked, step.outcome) for step in steps for asked in step.asked)
+            self._answer(steps)
         self.batch_count += 1
-        self.request_count += len(done)
-        replies: dict[int, tuple[Dispatcher, list[tuple[Perform, Any]]]] = {}
-        for perform, outcome in done:
-            to = replies.setdefault(id(perform.to), (perform.to, []))
-            to[1].append((perform, outcome))
-        for dispatcher, answered in replies.values():
-            dispatcher.post(_reply, answered)
         super()._handle_batch(others)
+
+    def _answer(self, steps: list["_Step"]) -> None:
+        """Tell all that asked, in one turn of each dispatcher."""
+        replies: dict[Dispatcher, list[tuple[Perform, Any]]] = {}
+        for step in steps:
+            outcome = step.outcome
+            self.request_count += len(step.asked)
+            for perform in step.asked:
+                answered = replies.get(perform.to)
+                if answered is None:
+                    answered = replies[perform.to] = []
+                answered.append((perform, outcome))
+        for dispatcher, answered in replies.items():
+            dispatcher.post(_reply, answered)
 
     def _perform_session(self, request: Any) -> Any:
         store = self._store
@@ -253,7 +260,11 @@ class StoreActor(DispatchedActor):
             seen[identity] = number + 1
             if number == len(rounds):
                 rounds.append({})
-            rounds[number].setdefault(type(step.request), []).append(step)
+            same = rounds[number].get(type(step.request))
+            if same is None:
+                rounds[number][type(step.request)] = [step]
+            else:
+                same.append(step)
         with self._store.transaction():
             for each in rounds:
                 for kind, method in self._methods.items():
@@ -270,11 +281,13 @@ def _steps(entries: list[Perform]) -> list[_Step]:
     last: dict[str, _Step] = {}
     for perform in entries:
         request: Any = perform.request
+        if type(request) is not Save:
+            last.pop(request.identity, None)
+            steps.append(_Step(request, [perform]))
+            continue
         before = last.get(request.identity)
         if (
             before is not None
-            and isinstance(request, Save)
-            and isinstance(before.request, Save)
             and before.request.fencing_token == request.fencing_token
             and before.request.version < request.version
         ):

@@ -283,12 +283,16 @@ class RecordStore(ABC):
 
     def _why_refused(self, row: Row, request: Claim) -> str | None:
         """Which condition of the claim does not hold."""
-        lock, owner = row.lock, row.owner
+        lock, owner, wanted = row.lock, row.owner, request.acquisition
         if lock is None:
-            return "nobody holds the lock"
-        if lock != request.acquisition:
+            if wanted is not None:
+                return "nobody holds the lock"
+        elif wanted is not None and lock != wanted:
             return f"procedure {lock.procedure} of {lock.session} holds the lock"
-        if not self._is_open_once_settled(lock.session):
+        elif self._is_open_once_settled(lock.session):
+            if wanted is None:
+                return f"procedure {lock.procedure} of {lock.session} holds the lock"
+        elif wanted is not None:
             return f"the lock is free: session {lock.session} is closed"
         if row.revision != request.expected_revision:
             return f"revision is {row.revision}, not {request.expected_revision}"

@@ -2,12 +2,15 @@
 
 One procedure an identity, whoever asks: acquire the lock, read the entry, then
 either ask the session that owns it, or choose a host and let it start the
-activation. Nothing is concluded from silence: a question or a start that is not
-answered is sent again, and ends when the store says that the session asked is
-closed. Times are nanoseconds of the caller's clock.
+activation. Where the host would be this very member its claim is tried first: it
+takes the lock itself, and stands where nobody was there before. Nothing is
+concluded from silence: a question or a start that is not answered is sent again,
+and ends when the store says that the session asked is closed. Times are
+nanoseconds of the caller's clock.
 """
 
 import heapq
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -28,6 +31,7 @@ from placement.identity import Identity
 from placement.partition import PartitionTable
 from placement.retry import RetryPolicy
 from placement.topology import Address, Member, SessionId
+from placement.value import value
 
 FindHere: TypeAlias = Callable[[Identity], Pid | None]
 """The activation that serves on this very node, where there is one."""
@@ -47,7 +51,7 @@ _ASK_AGAIN = RetryPolicy(first_ns=20_000_000, largest_ns=500_000_000)
 _SEND_AGAIN = RetryPolicy(first_ns=500_000_000, largest_ns=4_000_000_000)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Requester:
     """Who asked for an identity: where the answer goes, and its request's number.
 
@@ -62,21 +66,21 @@ class Requester:
 # --- effects -----------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class AcquireLock:
     """Take the lock; the outcome comes back by `acquired`."""
 
     request: Acquire
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ReleaseLock:
     """Free the lock; the outcome comes back by `released`."""
 
     request: Release
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class AskOwnerSession:
     """Ask `session`, by name, for the activation that the entry says it has."""
 
@@ -86,7 +90,7 @@ class AskOwnerSession:
     procedure: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class AskHolderSession:
     """Ask the lock's holder whether its procedure still runs."""
 
@@ -95,7 +99,7 @@ class AskHolderSession:
     procedure: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TellHolderState:
     """Answer such a question."""
 
@@ -106,9 +110,12 @@ class TellHolderState:
     state: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StartAt:
-    """Have `host` claim the identity and start its activation."""
+    """Have `host` claim the identity and start its activation.
+
+    `takes_lock` says that the claim is to take the lock too: nobody has yet.
+    """
 
     host: SessionId
     identity: Identity
@@ -117,9 +124,10 @@ class StartAt:
     epoch: int
     remaining_ns: int
     chain: tuple[str, ...] = ()
+    takes_lock: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class AnswerPid:
     """Tell the requester where the activation is."""
 
@@ -127,7 +135,7 @@ class AnswerPid:
     pid: Pid
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class RedirectTo:
     """Tell the requester which member owns the partition, as of `epoch`."""
 
@@ -137,7 +145,7 @@ class RedirectTo:
     owner: SessionId
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Refuse:
     """Tell the requester why not."""
 
@@ -146,7 +154,7 @@ class Refuse:
     refusal: Refusal
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class NeedTopology:
     """A newer topology than the known one is spoken of: read it soon."""
 
@@ -173,7 +181,8 @@ class _Procedure:
     """One run of the procedure: what it waits for, and who waits for it.
 
     `awaiting` is the session whose answer (or end) it waits for; `holder` the
-    acquisition in its way; `may_hold` whether the store may hold its lock.
+    acquisition in its way; `may_hold` whether the store may hold its lock;
+    `takes_lock` whether the claim under way takes it itself.
     """
 
     identity: Identity
@@ -185,6 +194,7 @@ class _Procedure:
     awaiting: SessionId | None = None
     holder: Acquisition | None = None
     may_hold: bool = False
+    takes_lock: bool = False
     due_ns: int = 0
     asked: int = 0
     sent: int = 0
@@ -192,6 +202,11 @@ class _Procedure:
 
     def latest_ns(self) -> int:
         return max(self.waiters.values())
+
+    def chain(self) -> tuple[str, ...]:
+        """All identities that wait for it, each once."""
+        chains = [to.chain for to in self.waiters if to.chain]
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(chains)))
 
 
 class Claims:
@@ -340,7 +355,16 @@ class Claims:
         )
         procedure.waiters[to] = deadline_ns
         self._running[identity] = procedure
+        procedure.takes_lock = self._is_host(identity)
         return self._acquire(procedure, now_ns)
+
+    def _is_host(self, identity: Identity) -> bool:
+        """Tell whether this very member would be chosen to host `identity`."""
+        assert self._table is not None
+        try:
+            return self._choose_host(identity, self._table).session == self._session
+        except NoAuthority:
+            return False
 
     # --- inputs: outcomes and answers ---
 
@@ -496,21 +520,18 @@ class Claims:
         )
 
     def started(
-        self,
-        identity: Identity,
-        procedure_number: int,
-        host: SessionId,
-        fencing_token: int,
+        self, pid: Pid, procedure_number: int, *, now_ns: int
     ) -> tuple[ClaimEffect, ...]:
         """The host has claimed it, and the activation is started."""
-        procedure = self._numbered(identity, procedure_number)
+        procedure = self._numbered(pid.identity, procedure_number)
         if (
             procedure is None
             or procedure.phase != "starting"
-            or procedure.awaiting != host
+            or procedure.awaiting != pid.session
         ):
             return ()
-        return self._found_at(procedure, Pid(identity, host, fencing_token))
+        found = self._found_at(procedure, pid)
+        return (*found, *self._admit(now_ns))
 
     def start_refused(
         self,
@@ -533,12 +554,19 @@ class Claims:
             return (
                 *self._end(procedure),
                 *self._refuse_all(procedure, refusal),
+                *self._admit(now_ns),
             )
+        if procedure.takes_lock:
+            self._acquiring.pop(identity, None)
+            if refusal.reason == "LockDenied":
+                # Somebody was there before: find out who, under the lock.
+                procedure.takes_lock, procedure.sent = False, 0
+                return (*self._acquire(procedure, now_ns), *self._admit(now_ns))
         # The host's knowledge or ours is old: look again, in a while.
         procedure.phase = "pausing"
         procedure.why = f"{host} refused: {refusal.message}"
         self._wait(procedure, now_ns)
-        return (NeedTopology(0),)
+        return (NeedTopology(0), *self._admit(now_ns))
 
     def tick(self, *, now_ns: int) -> tuple[ClaimEffect, ...]:
         """Send again what was not answered, and refuse whose time is over."""
@@ -615,14 +643,22 @@ class Claims:
             self._queue.append((procedure.identity, number))
             self._wait(procedure, now_ns)
             return ()
-        procedure.phase = "acquiring"
         self._acquiring[procedure.identity] = number
+        if procedure.takes_lock:
+            # Its own host: one write takes the lock, claims, and frees the lock.
+            assert self._session is not None
+            procedure.phase = "starting"
+            procedure.awaiting = self._session
+            return self._send_start(procedure, now_ns)
+        procedure.phase = "acquiring"
         procedure.may_hold = True
         self._wait(procedure, now_ns)
         return (AcquireLock(Acquire(procedure.identity, procedure.acquisition)),)
 
     def _admit(self, now_ns: int) -> tuple[ClaimEffect, ...]:
         """Have those that have waited longest ask the store, while there is room."""
+        if not self._queue:
+            return ()
         effects: list[ClaimEffect] = []
         while self._queue and len(self._acquiring) < ACQUIRING_MAX:
             procedure = self._numbered(*self._queue.popleft())
@@ -684,9 +720,8 @@ class Claims:
                 procedure.revision,
                 self._table.epoch,
                 max(0, procedure.latest_ns() - now_ns),
-                tuple(
-                    dict.fromkeys(each for to in procedure.waiters for each in to.chain)
-                ),
+                procedure.chain(),
+                procedure.takes_lock,
             ),
         )
 
@@ -715,10 +750,8 @@ class Claims:
     def _found_at(self, procedure: _Procedure, pid: Pid) -> tuple[ClaimEffect, ...]:
         if procedure.phase == "starting":
             procedure.may_hold = False  # the claim's own write has released it
-        return (
-            *self._end(procedure),
-            *(AnswerPid(to, pid) for to in procedure.waiters),
-        )
+        ended = self._end(procedure)
+        return (*ended, *[AnswerPid(to, pid) for to in procedure.waiters])
 
     def _end(self, procedure: _Procedure) -> tuple[ClaimEffect, ...]:
         del self._running[procedure.identity]

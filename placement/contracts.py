@@ -22,6 +22,7 @@ from typing import Protocol, runtime_checkable
 from placement.entry import Acquisition, ActivationEntry, ActivationRecord, Pid
 from placement.identity import Identity
 from placement.topology import Member, SessionId, Topology
+from placement.value import value
 
 
 class StoreFailure(Exception):
@@ -36,7 +37,7 @@ class StoreFailure(Exception):
         self.may_have_happened = may_have_happened
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Failed:
     """One request failed; whether it may have happened, and why it failed."""
 
@@ -47,7 +48,7 @@ class Failed:
 # --- the placement lock ------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Acquire:
     """Take the lock on `identity` for one procedure."""
 
@@ -55,7 +56,7 @@ class Acquire:
     acquisition: Acquisition
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Acquired:
     """The lock is held by that acquisition; the entry as it was read then.
 
@@ -66,14 +67,14 @@ class Acquired:
     owner_is_open: bool
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class LockHeld:
     """Another acquisition of an open session holds the lock."""
 
     holder: Acquisition
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class LockRefused:
     """The acquisition's own session is closed: it takes no lock any more.
 
@@ -84,7 +85,7 @@ class LockRefused:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Release:
     """Give back the lock, where that acquisition still holds it."""
 
@@ -92,7 +93,7 @@ class Release:
     acquisition: Acquisition
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Released:
     """That acquisition does not hold the lock (any more)."""
 
@@ -119,14 +120,14 @@ class PlacementLock(Protocol):
 # --- the activations ---------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Load:
     """Read the entry of `identity`."""
 
     identity: Identity
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Loaded:
     """The entry (an empty one where there is none), and whether its owner is open."""
 
@@ -134,30 +135,32 @@ class Loaded:
     owner_is_open: bool
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Claim:
     """Make `session` the owner of `identity`, and release the lock.
 
     Conditional: the lock is held by `acquisition`, the entry's revision is
     `expected_revision`, and it has no owner or one whose session is closed.
-    `attempt` names this claim among all of its session's.
+    Without an acquisition the claim takes the lock itself, and releases it, in
+    its one write: the lock has to be free. `attempt` names this claim among all
+    of its session's.
     """
 
     identity: Identity
     session: SessionId
     attempt: int
-    acquisition: Acquisition
+    acquisition: Acquisition | None
     expected_revision: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Claimed:
     """The claim stands: the entry as it was written, with its new token."""
 
     entry: ActivationEntry
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ClaimRefused:
     """A condition of the claim did not hold; the entry as it is, and why."""
 
@@ -165,7 +168,7 @@ class ClaimRefused:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Save:
     """Store a snapshot under the activation's token, if `version` is greater."""
 
@@ -175,14 +178,14 @@ class Save:
     snapshot: bytes
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Saved:
     """The stored version is that of the request or a later one of the same token."""
 
     version: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class GiveUp:
     """Clear the owner that claimed `fencing_token`; keep snapshot, version, token.
 
@@ -195,12 +198,12 @@ class GiveUp:
     snapshot: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class GivenUp:
     """That token owns nothing (any more)."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Stale:
     """Refused: the entry has a greater token, or no owner, or is gone.
 

@@ -25,6 +25,7 @@ from placement.partition import PartitionTable
 from placement.pidcache import PidCache
 from placement.retry import RetryPolicy
 from placement.topology import SessionId, address_of
+from placement.value import value
 
 BOUNCES_MAX = 16
 
@@ -69,7 +70,7 @@ class Outgoing:
 # --- effects -----------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ResolvePid:
     """Ask the coordinator at `owner` where the activation is."""
 
@@ -81,7 +82,7 @@ class ResolvePid:
     chain: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Transmit:
     """Send `message` to the activation that `pid` names."""
 
@@ -89,7 +90,7 @@ class Transmit:
     message: Outgoing
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SendMark:
     """Send a mark the way the messages to `pid` went; it comes back by `marked`."""
 
@@ -97,7 +98,7 @@ class SendMark:
     mark: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class FailMessage:
     """Tell the sender that the message was not delivered, and why."""
 
@@ -122,8 +123,8 @@ class _Hold:
 
     identity: Identity
     request: int
-    bounced: deque[Outgoing] = field(default_factory=deque)
-    waiting: deque[Outgoing] = field(default_factory=deque)
+    bounced: list[Outgoing] = field(default_factory=list)
+    waiting: list[Outgoing] = field(default_factory=list)
     marked: Pid | None = None
     owner: SessionId | None = None
     followed_epoch: int = 0
@@ -136,6 +137,8 @@ class _Hold:
 
     def messages(self) -> list[Outgoing]:
         """All of them, in the order in which they were first sent."""
+        if not self.bounced and len(self.waiting) == 1:
+            return self.waiting  # the usual one
         # What came back may have come in any order: some from a node, some not
         # even sent.
         return sorted((*self.bounced, *self.waiting), key=lambda each: each.number)
@@ -250,8 +253,9 @@ class Deliveries:
 
     def hold(self, message: Outgoing, *, now_ns: int) -> tuple[DeliveryEffect, ...]:
         """Keep `message` until its way is known; find that out."""
-        refusal = self.refusal()
-        if refusal is not None:
+        if not self.is_ready:
+            refusal = self.refusal()
+            assert refusal is not None
             return (FailMessage(message, refusal),)
         hold = self._held.get(message.identity)
         if hold is not None:
@@ -358,7 +362,7 @@ class Deliveries:
                 token=pid.fencing_token,
             )
         ]
-        effects += (Transmit(pid, message) for message in hold.messages())
+        effects += [Transmit(pid, message) for message in hold.messages()]
         return (*effects, *self._admit(now_ns))
 
     def redirected(
@@ -461,13 +465,14 @@ class Deliveries:
     def _fail_late(self, hold: _Hold, now_ns: int) -> list[DeliveryEffect]:
         late = [each for each in hold.messages() if each.deadline_ns <= now_ns]
         if late:
-            hold.bounced = deque(m for m in hold.bounced if m.deadline_ns > now_ns)
-            hold.waiting = deque(m for m in hold.waiting if m.deadline_ns > now_ns)
+            hold.bounced = [m for m in hold.bounced if m.deadline_ns > now_ns]
+            hold.waiting = [m for m in hold.waiting if m.deadline_ns > now_ns]
         return [FailMessage(message, hold.refusal) for message in late]
 
     def _until(self, hold: _Hold, at_ns: int) -> None:
-        first = min(message.deadline_ns for message in hold.messages())
-        self._due(hold, min(at_ns, first))
+        for message in (*hold.bounced, *hold.waiting):
+            at_ns = min(at_ns, message.deadline_ns)
+        self._due(hold, at_ns)
 
     def _due(self, hold: _Hold, at_ns: int) -> None:
         hold.due_ns = at_ns
@@ -515,7 +520,10 @@ class Deliveries:
         hold.sent += 1
         self._until(hold, now_ns + _UNANSWERED.pause_ns(hold.sent))
         messages = hold.messages()
-        latest = max(message.deadline_ns for message in messages)
+        latest, chain = messages[0].deadline_ns, messages[0].chain
+        if len(messages) > 1:
+            latest = max(message.deadline_ns for message in messages)
+            chain = tuple(dict.fromkeys(each for m in messages for each in m.chain))
         return (
             ResolvePid(
                 hold.request,
@@ -523,6 +531,6 @@ class Deliveries:
                 owner,
                 epoch,
                 max(0, latest - now_ns),
-                tuple(dict.fromkeys(each for m in messages for each in m.chain)),
+                chain,
             ),
         )

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from placement.identity import Identity
 from placement.topology import Address, SessionId, address_of, node_of
+from placement.value import value
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Pid:
         return f"{self.identity}@{self.session}/{self.fencing_token}"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Acquisition:
     """One writing of a placement lock: by which session, for which procedure."""
 
@@ -38,7 +39,7 @@ class Acquisition:
     procedure: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class ActivationRecord:
     """What is known of an activation: where it is, its last snapshot, its version.
 
@@ -51,7 +52,7 @@ class ActivationRecord:
     version: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class ActivationEntry:
     """The stored entry of an identity.
 

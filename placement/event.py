@@ -10,9 +10,10 @@ from typing import Literal, TypeAlias
 
 from placement.identity import Identity
 from placement.topology import SessionId
+from placement.value import value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True)
 class Happened:
     """A transition or failure, not yet numbered.
 

@@ -17,12 +17,13 @@ from placement.contracts import (
     GiveUp,
     Stale,
 )
-from placement.entry import Acquisition, ActivationRecord, Pid
+from placement.entry import Acquisition, ActivationEntry, ActivationRecord, Pid
 from placement.errors import Refusal
 from placement.event import Happened
 from placement.identity import Identity
 from placement.retry import RetryPolicy
 from placement.topology import Address, SessionId, address_of
+from placement.value import value
 
 _AGAIN = RetryPolicy(first_ns=50_000_000, largest_ns=1_000_000_000)
 
@@ -30,21 +31,21 @@ _AGAIN = RetryPolicy(first_ns=50_000_000, largest_ns=1_000_000_000)
 # --- effects -----------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ClaimEntry:
     """Write the claim; the outcome comes back by `claimed`."""
 
     request: Claim
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class GiveUpEntry:
     """Clear the owner; the outcome comes back by `given_up`."""
 
     request: GiveUp
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StartActivation:
     """Start what the store has confirmed; `started` or `start_failed` follows.
 
@@ -56,7 +57,7 @@ class StartActivation:
     chain: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StopActivation:
     """End it; `ended` follows when its last user code has been left."""
 
@@ -64,7 +65,7 @@ class StopActivation:
     lapsed: bool
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TellStarted:
     """Tell the coordinator that the procedure is done."""
 
@@ -73,7 +74,7 @@ class TellStarted:
     procedure: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TellStartRefused:
     """Tell the coordinator why nothing was started."""
 
@@ -84,7 +85,7 @@ class TellStartRefused:
     refusal: Refusal
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TellOwnerState:
     """Answer a coordinator's question about an entry of `session`."""
 
@@ -96,7 +97,7 @@ class TellOwnerState:
     fencing_token: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SessionSettled:
     """Nothing of that session runs or is under way any more: it may be closed."""
 
@@ -254,8 +255,12 @@ class Hosting:
         host: SessionId,
         expected_revision: int,
         chain: tuple[str, ...] = (),
+        takes_lock: bool = False,
     ) -> tuple[HostingEffect, ...]:
-        """A coordinator wants it started here: claim it, or say why not."""
+        """A coordinator wants it started here: claim it, or say why not.
+
+        Where the claim `takes_lock`, nobody has looked at the entry before.
+        """
         to = address_of(acquisition.session)
         procedure = acquisition.procedure
         refusal = self._refusal(identity, host)
@@ -264,14 +269,18 @@ class Hosting:
             if hosted.state == "active":
                 assert hosted.pid is not None
                 return (TellStarted(to, hosted.pid, procedure),)
-            if hosted.claim is not None and hosted.claim.acquisition == acquisition:
+            if hosted.claim is not None and hosted.asked_by == (to, procedure):
                 return ()  # a repeated one: the first will be answered
             refusal = Refusal("Pending", f"{identity} is {hosted.state} here")
         if refusal is not None:
             return (TellStartRefused(to, identity, procedure, host, refusal),)
         self._last_attempt += 1
         claim = Claim(
-            identity, host, self._last_attempt, acquisition, expected_revision
+            identity,
+            host,
+            self._last_attempt,
+            None if takes_lock else acquisition,
+            expected_revision,
         )
         self._hosted[identity] = _Hosted(
             identity,
@@ -317,6 +326,18 @@ class Hosting:
                     *self._refuse_start(hosted, Refusal("StoreFailed", message)),
                     *self._remove(hosted),
                 )
+            case ClaimRefused(entry) if self._is_first_look(request, entry):
+                # Somebody hosted it before, and has given it up: claim over that.
+                self._last_attempt += 1
+                hosted.tried = 0
+                hosted.claim = Claim(
+                    request.identity,
+                    request.session,
+                    self._last_attempt,
+                    None,
+                    entry.revision,
+                )
+                return (ClaimEntry(hosted.claim),)
             case ClaimRefused(_, message):
                 return (
                     *self._refuse_start(hosted, Refusal("LockDenied", message)),
@@ -324,7 +345,8 @@ class Hosting:
                 )
             case Claimed(entry):
                 self._again.pop(hosted.identity, None)
-                pid = Pid(entry.identity, hosted.session, entry.fencing_token)
+                pid = entry.record.pid
+                assert pid is not None
                 hosted.pid = pid
                 if self._is_draining:
                     hosted.why_failed = Refusal("NoAuthority", self._why_not)
@@ -341,12 +363,21 @@ class Hosting:
                     StartActivation(pid, entry.record, hosted.chain),
                 )
 
+    def _is_first_look(self, request: Claim, entry: ActivationEntry) -> bool:
+        """Tell whether a claim that took the lock did not know of the entry."""
+        return (
+            request.acquisition is None
+            and request.expected_revision == 0
+            and entry.revision > 0
+            and entry.owner is None
+        )
+
     def started(self, pid: Pid) -> tuple[HostingEffect, ...]:
         """The activation serves."""
         hosted = self._of(pid)
         if hosted is None or hosted.state != "starting":
             return ()
-        hosted.state = "active"
+        hosted.state, hosted.claim = "active", None
         effects: list[HostingEffect] = [
             Happened(
                 kind="actor",
@@ -508,7 +539,9 @@ class Hosting:
 
     def _of(self, pid: Pid) -> _Hosted | None:
         hosted = self._hosted.get(pid.identity)
-        return hosted if hosted is not None and hosted.pid == pid else None
+        if hosted is None or (hosted.pid is not pid and hosted.pid != pid):
+            return None
+        return hosted
 
     def _try_again(self, hosted: _Hosted, now_ns: int) -> None:
         hosted.tried += 1

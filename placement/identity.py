@@ -4,6 +4,8 @@ import re
 from functools import lru_cache
 from typing import Self
 
+# Most identities: one look at a text of ASCII says all that the checks would.
+_USUAL = re.compile(r"[A-Za-z0-9_.-]{1,64}/[ -~]{1,512}\Z")
 _KIND = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -79,6 +81,8 @@ class Identity(str):
 @lru_cache(maxsize=1 << 16)
 def _parse(text: str) -> Identity:
     # Each frame names its identity as text, and most name one seen before.
+    if _USUAL.match(text) is not None:
+        return str.__new__(Identity, text)
     kind, slash, name = text.partition("/")
     if not slash:
         raise BadIdentity(f"identity {text[:80]!r} is not of the form kind/name")

@@ -1,6 +1,6 @@
 """The partition table: which member owns each partition, computed once a topology."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from placement.errors import NoAuthority
 from placement.identity import Identity
@@ -23,6 +23,11 @@ class PartitionTable:
     owners: tuple[Member, ...]
     scores: tuple[float, ...]
     partition_count: int
+    #: The epoch of the topology that it is of.
+    epoch: int = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "epoch", self.topology.epoch)
 
     @classmethod
     def build(
@@ -99,11 +104,6 @@ class PartitionTable:
         return PartitionTable(
             topology, tuple(owners), tuple(scores), self.partition_count
         )
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the topology that it is of."""
-        return self.topology.epoch
 
     def partition_of(self, identity: Identity) -> int:
         """The partition of `identity`."""

@@ -21,7 +21,7 @@ from placement.errors import (
 )
 from placement.event import Event
 from placement.identity import Identity
-from placement.topology import SessionId
+from placement.topology import Member, SessionId
 
 TTL_S = 5.0
 IDLE_S = 10.0
@@ -51,6 +51,10 @@ class Counting(Grain[Total]):
         return "at last"
 
 
+class Distant(Counting):
+    """Hosted elsewhere than where it is decided on."""
+
+
 class Noting(Grain):
     """Keeps what it is told; has a bad day now and then."""
 
@@ -65,7 +69,15 @@ class Noting(Grain):
         return self.noted
 
 
+def elsewhere(
+    identity: Identity, eligible: tuple[Member, ...], owner: Member | None
+) -> Member:
+    """Never on the node whose coordinator decides."""
+    return next(each for each in eligible if each != owner)
+
+
 KINDS: dict[str, Any] = {
+    "away": Kind(Distant, idle_after=IDLE_S, strategy=elsewhere),
     "count": Kind(Counting, idle_after=IDLE_S),
     "note": Kind(Noting, idle_after=None, inbox_max=5),
 }
@@ -458,17 +470,17 @@ def test_a_node_that_was_cold_started_over_old_rows_serves_them(
 
 
 def test_the_locks_holder_dies(cluster: SimulatedCluster) -> None:
-    future = cluster.ref("count/1").ask({"": "add", "args": {}}, block=False)
-    cluster.run_until(lambda: row_of(cluster, "count/1").lock is not None)
-    lock = row_of(cluster, "count/1").lock
+    future = cluster.ref("away/1").ask({"": "add", "args": {}}, block=False)
+    cluster.run_until(lambda: row_of(cluster, "away/1").lock is not None)
+    lock = row_of(cluster, "away/1").lock
     assert lock is not None
-    assert claims(cluster, "count/1") == []
+    assert claims(cluster, "away/1") == []
 
     cluster.crash(lock.session.split(".")[0])
 
     assert future.get() == 1
     assert cluster.now() < 3 * TTL_S
-    assert row_of(cluster, "count/1").lock is None
+    assert row_of(cluster, "away/1").lock is None
 
 
 def test_a_stop_is_confirmed_after_its_deadline(cluster: SimulatedCluster) -> None:
@@ -490,26 +502,24 @@ def test_a_stop_is_confirmed_after_its_deadline(cluster: SimulatedCluster) -> No
     assert cluster.resolve("count/1").pid == current
 
 
-def test_a_paused_coordinators_late_write_is_refused(
-    cluster: SimulatedCluster,
-) -> None:
+def test_a_paused_hosts_late_claim_is_refused(cluster: SimulatedCluster) -> None:
     outcomes = store_outcomes(cluster)
+    table = cluster.node("node-1")._table
+    assert table is not None
+    owner = table.owner_of(Identity("count", "1"))
+    assert owner is not None
+    cluster.store.fail("late", nodes={owner.node}, times=1, delay=4 * TTL_S)
     future = cluster.ref("count/1").ask(
         {"": "add", "args": {}}, block=False, timeout=4 * TTL_S, request_id="first"
     )
-    cluster.run_until(lambda: row_of(cluster, "count/1").lock is not None)
-    lock = row_of(cluster, "count/1").lock
-    assert lock is not None
-    coordinator = lock.session.split(".")[0]
-    cluster.store.fail("late", nodes={coordinator}, times=1, delay=4 * TTL_S)
     cluster.run_until(lambda: cluster.shared.calls.faults[0]._left == 0)  # type: ignore[attr-defined]
 
-    cluster.pause(coordinator, seconds=3 * TTL_S)
+    cluster.pause(owner.node, seconds=3 * TTL_S)
 
     assert future.get() == 1
     cluster.advance(5 * TTL_S)
     late = [
-        o for r, o in outcomes if isinstance(r, Claim) and r.session == lock.session
+        o for r, o in outcomes if isinstance(r, Claim) and r.session == owner.session
     ]
     assert [type(outcome) for outcome in late] == [ClaimRefused]
     assert add(cluster, "1", "second") == 2

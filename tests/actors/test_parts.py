@@ -388,6 +388,39 @@ def test_an_actor_whose_batch_fails_is_woken_by_what_comes_next() -> None:
     dispatcher.stop(5)
 
 
+def test_what_is_handed_to_an_actor_is_handled_at_once_or_behind_what_waits() -> None:
+    handled: list[Any] = []
+    bugs: list[BaseException] = []
+
+    class Listing(DispatchedActor):
+        def on_receive(self, message: Any) -> None:
+            handled.append(message)
+            if message == "first":
+                ref.hand("third")
+                handled.append("second")
+            if message == "bug":
+                raise RuntimeError("a bug")
+
+    def turn() -> None:
+        ref.hand("first")
+        ref.hand("fourth")
+        handled.append("over")
+
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    ref = Listing.start(dispatcher=dispatcher, on_bug=bugs.append)
+    dispatcher.post(turn)
+    eventually(lambda: len(handled) == 5)
+    assert handled == ["first", "second", "over", "third", "fourth"]
+
+    for message in ("bug", "late"):
+        dispatcher.post(ref.hand, message)
+    dispatcher.stop(5)
+    assert [str(bug) for bug in bugs] == ["a bug"]
+    assert not ref.is_alive()
+    assert handled[-1] == "bug"
+    assert dispatcher.bug_count == 0
+
+
 def test_an_engine_over_a_store_that_hangs_is_closed_within_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -618,7 +651,7 @@ def test_numbers_grow_for_a_receiver_whoever_else_is_written_to() -> None:
 
 
 def test_a_slow_subscriber_loses_the_oldest_and_hears_how_many() -> None:
-    stream = EventStream("n", CLOCK.wall_ms)
+    stream = EventStream("n", CLOCK.wall_ms, lambda: 1)
     inside, gate = threading.Event(), threading.Event()
     seen: list[Any] = []
 
@@ -628,23 +661,23 @@ def test_a_slow_subscriber_loses_the_oldest_and_hears_how_many() -> None:
         seen.append(event)
 
     subscription = stream.subscribe(slow)
-    stream.publish(Happened(kind="placement", name="first"), 1)
+    stream.publish(Happened(kind="placement", name="first"))
     inside.wait(5)
     for _ in range(WAITING_MAX + 5):
-        stream.publish(Happened(kind="actor", name="more"), 1)
+        stream.publish(Happened(kind="actor", name="more"))
     gate.set()
     eventually(lambda: len(seen) == WAITING_MAX + 2)
     assert isinstance(seen[1], EventsLost)
     assert seen[1].count == 5
     assert seen[2].number == 7
     subscription.cancel()
-    stream.publish(Happened(kind="actor", name="after"), 1)
+    stream.publish(Happened(kind="actor", name="after"))
     assert stream.counts["after"] == 1
     assert len(seen) == WAITING_MAX + 2
 
 
 def test_a_subscriber_may_cancel_itself_and_one_that_hangs_is_left() -> None:
-    stream = EventStream("n", CLOCK.wall_ms)
+    stream = EventStream("n", CLOCK.wall_ms, lambda: 1)
     gate, cancelled = threading.Event(), threading.Event()
 
     def ends(_: Any) -> None:
@@ -652,10 +685,10 @@ def test_a_subscriber_may_cancel_itself_and_one_that_hangs_is_left() -> None:
         cancelled.set()
 
     own = stream.subscribe(ends)
-    stream.publish(Happened(kind="actor", name="x"), 1)
+    stream.publish(Happened(kind="actor", name="x"))
     assert cancelled.wait(5)
     hanging = stream.subscribe(lambda _: gate.wait(20))
-    stream.publish(Happened(kind="actor", name="y"), 1)
+    stream.publish(Happened(kind="actor", name="y"))
     hanging.cancel(timeout_s=0.05)
     own.put(None)  # type: ignore[arg-type]
     gate.set()

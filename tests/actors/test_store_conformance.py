@@ -170,7 +170,8 @@ class ClaimsWithoutTheLock(MemoryStore):
 
 class TakesAnyProcedureOfTheHolder(MemoryStore):
     def _why_refused(self, row: Row, request: Claim) -> str | None:
-        if row.lock is not None and row.lock.session == request.acquisition.session:
+        mine = request.acquisition
+        if mine and row.lock and row.lock.session == mine.session:
             request = replace(request, acquisition=row.lock)
         return super()._why_refused(row, request)
 
@@ -178,10 +179,39 @@ class TakesAnyProcedureOfTheHolder(MemoryStore):
 class ClaimsUnderTheLockOfAClosedSession(MemoryStore):
     def _why_refused(self, row: Row, request: Claim) -> str | None:
         mine = request.acquisition
-        if row.lock == mine and self._is_closed(mine.session):
+        if mine and row.lock == mine and self._is_closed(mine.session):
             mine = Acquisition(request.session, 0)
             row = replace(row, lock=mine)
         return super()._why_refused(row, replace(request, acquisition=mine))
+
+
+class TakesALockThatIsHeld(MemoryStore):
+    def _why_refused(self, row: Row, request: Claim) -> str | None:
+        if request.acquisition is None:
+            row = replace(row, lock=None)
+        return super()._why_refused(row, request)
+
+
+class KeepsTheLockThatAClaimTook(MemoryStore):
+    def _claim(self, request: Claim, now_ms: int) -> Claimed | ClaimRefused:
+        outcome = super()._claim(request, now_ms)
+        if request.acquisition is None and isinstance(outcome, Claimed):
+            self._row(request.identity).lock = Acquisition(request.session, -1)
+        return outcome
+
+
+class TakesNoLockOfAClosedSession(MemoryStore):
+    def _why_refused(self, row: Row, request: Claim) -> str | None:
+        if request.acquisition is None and row.lock is not None:
+            return "it is locked"
+        return super()._why_refused(row, request)
+
+
+class TakesTheLockAtAnyRevision(MemoryStore):
+    def _why_refused(self, row: Row, request: Claim) -> str | None:
+        if request.acquisition is None:
+            request = replace(request, expected_revision=row.revision)
+        return super()._why_refused(row, request)
 
 
 class IgnoresTheRevision(MemoryStore):
@@ -512,7 +542,8 @@ class NeverReleases(MemoryStore):
 
 class ClaimsForTheHolderOnly(MemoryStore):
     def _why_refused(self, row: Row, request: Claim) -> str | None:
-        if request.session != request.acquisition.session:
+        mine = request.acquisition
+        if mine is not None and mine.session != request.session:
             return "not the holder"
         return super()._why_refused(row, request)
 
@@ -611,6 +642,16 @@ WRONG_STORES = {
     TakesAnyProcedureOfTheHolder: "r3_2_a_claim_by_another_acquisition_is_refused",
     ClaimsUnderTheLockOfAClosedSession: (
         "r3_2_a_claim_under_the_lock_of_a_closed_session_is_refused"
+    ),
+    TakesALockThatIsHeld: (
+        "r3_2_a_claim_that_takes_the_lock_is_refused_while_it_is_held"
+    ),
+    KeepsTheLockThatAClaimTook: (
+        "r3_1_a_claim_without_an_acquisition_takes_the_lock_and_frees_it"
+    ),
+    TakesNoLockOfAClosedSession: "r3_5_a_claim_takes_the_lock_of_a_closed_session",
+    TakesTheLockAtAnyRevision: (
+        "r3_3_a_late_claim_that_takes_the_lock_changes_nothing"
     ),
     IgnoresTheRevision: "r3_3_a_claim_against_a_moved_revision_is_refused",
     ClaimsOverAnOpenOwner: "r3_3_a_claim_over_an_open_owner_is_refused",

@@ -59,13 +59,32 @@ def to(number: int) -> Requester:
 def ask(
     made: Claims, number: int = 1, *, epoch: int = 1, now: int = 0, **options: Any
 ) -> Any:
-    return made.request(
+    """Ask for what somebody has claimed before: it goes on by the lock."""
+    asked = made.request(
         to(number),
         options.get("identity", CART),
         epoch=epoch,
         deadline_ns=options.get("deadline", 10 * S),
         now_ns=now,
     )
+    return denied(made, asked, now=now)
+
+
+def denied(made: Claims, effects: Any, *, now: int = 0) -> Any:
+    """What follows where claims that take the lock themselves are refused."""
+    found: list[Any] = []
+    for each in effects:
+        if isinstance(each, StartAt) and each.takes_lock:
+            found += made.start_refused(
+                each.identity,
+                each.acquisition.procedure,
+                each.host,
+                Refusal("LockDenied", "somebody was there before"),
+                now_ns=now,
+            )
+        else:
+            found.append(each)
+    return tuple(found)
 
 
 def lock(effects: Any) -> Acquire:
@@ -79,13 +98,15 @@ def starting(made: Claims) -> StartAt:
 
 def test_a_start_names_once_who_waits_for_it() -> None:
     made = claims()
-    first = made.request(
+    asked = made.request(
         Requester(CLIENT, 1, ("a/1", "a/2")),
         CART,
         epoch=1,
         deadline_ns=10 * S,
         now_ns=0,
     )
+    assert only(asked, StartAt).chain == ("a/1", "a/2")
+    first = denied(made, asked)
     again = Requester(CLIENT, 2, ("a/2", "a/3"))
     made.request(again, CART, epoch=1, deadline_ns=10 * S, now_ns=0)
     start = only(made.acquired(lock(first), acquired(), now_ns=0), StartAt)
@@ -119,6 +140,90 @@ def test_r3_1_a_start_is_asked_for_only_once_the_lock_is_acquired() -> None:
     assert start.acquisition == lock(first).acquisition
     assert start.host == A
     assert start.expected_revision == 0
+
+
+def take(made: Claims) -> StartAt:
+    asked = made.request(to(1), CART, epoch=1, deadline_ns=10 * S, now_ns=0)
+    return only(asked, StartAt)
+
+
+def test_r3_1_where_its_own_member_hosts_the_claim_takes_the_lock() -> None:
+    made = claims()
+
+    start = take(made)
+
+    assert (start.host, start.expected_revision, start.takes_lock) == (A, 0, True)
+    assert made.started(Pid(CART, A, 5), 1, now_ns=0) == (
+        AnswerPid(to(1), Pid(CART, A, 5)),
+    )
+    assert made.running_count == 0
+
+
+def test_r3_1_where_another_member_hosts_the_lock_is_acquired_first() -> None:
+    made = Claims(choose_host=lambda _, of: of.topology.members[-1], find_here=HERE.get)
+    made.adopt(A, table(A, B), now_ns=0)
+    identity = owned_by(A, table(A, B))
+
+    asked = made.request(to(1), identity, epoch=1, deadline_ns=10 * S, now_ns=0)
+
+    assert lock(asked).identity == identity
+
+
+def test_r3_2_a_claim_that_finds_somebody_is_followed_by_the_lock() -> None:
+    made = claims()
+    start = take(made)
+    refusal = Refusal("LockDenied", "session b owns it and is open")
+
+    effects = made.start_refused(CART, 1, A, refusal, now_ns=1)
+
+    request = lock(effects)
+    assert request.acquisition == start.acquisition
+    owned = acquired(entry(owner=B, token=3, revision=3))
+    assert only(made.acquired(request, owned, now_ns=1), AskOwnerSession).session == B
+
+
+def test_a_claim_that_its_host_refuses_for_now_takes_the_lock_later() -> None:
+    made = claims()
+    take(made)
+    refusal = Refusal("Pending", "it is ending here")
+
+    effects = made.start_refused(CART, 1, A, refusal, now_ns=0)
+
+    assert only(effects, NeedTopology)
+    assert only(made.tick(now_ns=20 * MS), StartAt).takes_lock
+
+
+def test_a_claim_that_takes_the_lock_is_asked_for_again_until_it_is_answered() -> None:
+    made = claims()
+    first = take(made)
+
+    again = only(made.tick(now_ns=500 * MS), StartAt)
+
+    assert (again.acquisition, again.takes_lock) == (first.acquisition, True)
+
+
+def test_what_ends_before_its_claim_is_answered_has_no_lock_to_release() -> None:
+    made = claims()
+    take(made)
+
+    effects = made.tick(now_ns=10 * S)
+
+    assert only(effects, Refuse).refusal.reason == "Pending"
+    assert none_of(effects, ReleaseLock)
+
+
+def test_claims_that_take_the_lock_are_as_many_at_the_store_as_others() -> None:
+    made = claims()
+    identities = [Identity("cart", str(number)) for number in range(ACQUIRING_MAX + 2)]
+    for number, identity in enumerate(identities):
+        made.request(to(number), identity, epoch=1, deadline_ns=60 * S, now_ns=0)
+
+    started = made.started(Pid(identities[0], A, 1), 1, now_ns=1)
+    failed = Refusal("StoreFailed", "the disk is full")
+    refused = made.start_refused(identities[1], 2, A, failed, now_ns=1)
+
+    assert only(started, StartAt).identity == identities[-2]
+    assert only(refused, StartAt).identity == identities[-1]
 
 
 def test_r3_2_without_the_lock_nothing_is_started() -> None:
@@ -158,7 +263,7 @@ def test_r2_5_concurrent_requests_are_one_procedure_and_one_answer_each() -> Non
     assert ask(made, 2) == ()
     made.acquired(request, acquired(), now_ns=0)
 
-    effects = made.started(CART, 1, A, 5)
+    effects = made.started(Pid(CART, A, 5), 1, now_ns=1)
 
     pid = Pid(CART, A, 5)
     assert effects == (AnswerPid(to(1), pid), AnswerPid(to(2), pid))
@@ -228,7 +333,7 @@ def test_a_newer_epoch_is_waited_for_and_then_decided_by() -> None:
 
     effects = made.adopt(A, table(A, epoch=5), now_ns=1)
 
-    assert lock(effects).identity == CART
+    assert only(effects, StartAt).identity == CART
 
 
 def test_a_newer_epoch_that_never_comes_is_refused_at_the_deadline() -> None:
@@ -278,8 +383,8 @@ def test_answers_of_another_procedure_or_host_change_nothing() -> None:
     made = claims()
     starting(made)
 
-    assert made.started(CART, 2, A, 5) == ()
-    assert made.started(CART, 1, B, 5) == ()
+    assert made.started(Pid(CART, A, 5), 2, now_ns=1) == ()
+    assert made.started(Pid(CART, B, 5), 1, now_ns=1) == ()
     assert made.start_refused(CART, 1, B, Refusal("Pending", ""), now_ns=0) == ()
     assert made.holder_answered(CART, Acquisition(B, 1), 1, "free", now_ns=0) == ()
     assert made.owner_answered(CART, A, 1, "here", 5, now_ns=0) == ()
@@ -455,7 +560,9 @@ def test_those_beyond_a_bound_wait_for_their_turn_at_the_store_in_order() -> Non
     first = effects[0][0].request
 
     # The next one's turn comes with an answer, or when one is given up.
-    answered = made.acquired(first, acquired(entry(identities[0])), now_ns=0)
+    answered = denied(
+        made, made.acquired(first, acquired(entry(identities[0])), now_ns=0)
+    )
     assert lock(answered).identity == identities[ACQUIRING_MAX]
     assert only(answered, StartAt).identity == identities[0]
     assert len(made.acquired(first, acquired(entry(identities[0])), now_ns=0)) == 0
@@ -464,7 +571,7 @@ def test_those_beyond_a_bound_wait_for_their_turn_at_the_store_in_order() -> Non
     sent_again = made.tick(now_ns=S)
     assert [type(each) for each in sent_again].count(AcquireLock) == ACQUIRING_MAX
     assert only(sent_again, StartAt).identity == identities[0]
-    late = made.tick(now_ns=(60 + ACQUIRING_MAX + 1) * S)
+    late = denied(made, made.tick(now_ns=(60 + ACQUIRING_MAX + 1) * S))
     refused = [each.identity for each in late if isinstance(each, Refuse)]
     assert identities[-2] in refused
     assert identities[-1] not in refused

@@ -64,6 +64,43 @@ def test_a_start_tells_who_waits_for_it() -> None:
     assert started.chain == chain
 
 
+def test_r3_1_a_claim_takes_the_lock_where_the_coordinator_has_not() -> None:
+    made = hosting()
+    effects = made.start(
+        CART, acquisition=LOCK, host=A, expected_revision=0, takes_lock=True
+    )
+    claim = only(effects, ClaimEntry).request
+    assert (claim.acquisition, claim.expected_revision) == (None, 0)
+    same = made.start(
+        CART, acquisition=LOCK, host=A, expected_revision=0, takes_lock=True
+    )
+    assert same == ()
+
+    # Somebody has given it up before: over that it is another attempt, and the last.
+    given_up = ClaimRefused(entry(revision=7), "revision is 7, not 0")
+    second = only(made.claimed(claim, given_up, now_ns=0), ClaimEntry).request
+    assert second.expected_revision == 7
+    assert second.attempt > claim.attempt
+    assert made.claimed(claim, given_up, now_ns=0) == ()
+    moved = ClaimRefused(entry(revision=9), "revision is 9, not 7")
+    refused = only(made.claimed(second, moved, now_ns=0), TellStartRefused)
+    assert refused.refusal.reason == "LockDenied"
+    assert len(made) == 0
+
+
+def test_r2_5_a_claim_that_takes_the_lock_leaves_what_another_owns() -> None:
+    made = hosting()
+    effects = made.start(
+        CART, acquisition=LOCK, host=A, expected_revision=0, takes_lock=True
+    )
+    claim = only(effects, ClaimEntry).request
+    owned = ClaimRefused(entry(owner=B, revision=7), f"session {B} owns it and is open")
+
+    refused = only(made.claimed(claim, owned, now_ns=0), TellStartRefused)
+
+    assert refused.refusal.reason == "LockDenied"
+
+
 def won(made: Hosting, token: int = 5, snapshot: bytes | None = None) -> Pid:
     claim = claiming(made)
     owned = entry(owner=A, token=token, snapshot=snapshot)

@@ -228,7 +228,7 @@ class Node:
                         identity, holder, procedure, state, now_ns=n.now()
                     ),
                 )
-            case StartAt(host, identity, acquisition, revision):
+            case StartAt(host, identity, acquisition, revision, _, _, _, takes_lock):
                 self.send(
                     address_of(host),
                     lambda n: n.hosting.start(
@@ -236,14 +236,13 @@ class Node:
                         acquisition=acquisition,
                         host=host,
                         expected_revision=revision,
+                        takes_lock=takes_lock,
                     ),
                 )
             case TellStarted(to, pid, procedure):
                 self.send(
                     to,
-                    lambda n: n.claims.started(
-                        pid.identity, procedure, pid.session, pid.fencing_token
-                    ),
+                    lambda n: n.claims.started(pid, procedure, now_ns=n.now()),
                 )
             case TellStartRefused(to, identity, procedure, host, refusal):
                 self.send(
