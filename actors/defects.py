@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from actors.activation import GrainActivation
 from actors.future import running
 from actors.node import PlacementNode
@@ -205,7 +207,9 @@ class _ForgetfulStore(RecordingStore):
                 now_ms,
             )
             last = self.records.pop()
-            self.records.append(last._replace(token=request.fencing_token))  # type: ignore[call-arg]
+            self.records.append(
+                msgspec.structs.replace(last, token=request.fencing_token)
+            )
             return outcome
         return super()._give_up(request, now_ms)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+import msgspec
 import xxhash
 
 from actors.faults import Episode
@@ -189,7 +190,7 @@ class Witnessed:
             OSError: it cannot be written.
         """
         rows: list[tuple[int, dict[str, Any]]] = [
-            (each.at_ns, {"what": type(each).__name__, **each._asdict()})
+            (each.at_ns, {"what": type(each).__name__, **msgspec.structs.asdict(each)})
             for each in self.records
         ]
         rows += [
@@ -219,7 +220,7 @@ _NAMES = _names()
 
 
 def _line_of(record: Record) -> str:
-    fields = record._asdict()
+    fields = msgspec.structs.asdict(record)
     fields.pop("at_ns")
     said = " ".join(f"{name}={value}" for name, value in fields.items() if value != "")
     return f"{type(record).__name__} {said}"

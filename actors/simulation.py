@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import msgpack
 import pykka
+from msgspec.structs import astuple
 
 from actors.cluster import Cluster, check_kinds, names_of
 from actors.dispatch import Dispatcher
@@ -105,7 +106,7 @@ class Shared:
     def digest(self) -> str:
         """A hash over all frames that arrived and all that was recorded until now."""
         digest = self.network.digest().copy()
-        rows = [(type(each).__name__, *each) for each in self.records]
+        rows = [(type(each).__name__, *astuple(each)) for each in self.records]
         digest.update(msgpack.packb(rows))
         return str(digest.hexdigest())
 

@@ -2,13 +2,16 @@
 
 The records say what was asked for, what user code was entered, what the store
 wrote, and how it ended; nothing in them is taken from the machines that decide.
-Times are virtual nanoseconds of the one true clock, which no node can read.
+Times are virtual nanoseconds of the one true clock, which no node can read. A run
+keeps all of them, so that the collector is not to walk them: they are in no cycle.
 """
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
+
+import msgspec
 
 
-class Asked(NamedTuple):
+class Asked(msgspec.Struct, frozen=True, gc=False):
     """A program on `asker` (an incarnation of a node) asks `identity`.
 
     `operation` is `add` (changes the state, once for each `request`), `read`, or
@@ -23,7 +26,7 @@ class Asked(NamedTuple):
     deadline_ns: int
 
 
-class Told(NamedTuple):
+class Told(msgspec.Struct, frozen=True, gc=False):
     """A program on `teller` tells `identity`; `number` grows for the two of them."""
 
     at_ns: int
@@ -33,7 +36,7 @@ class Told(NamedTuple):
     number: int
 
 
-class Ended(NamedTuple):
+class Ended(msgspec.Struct, frozen=True, gc=False):
     """An ask has ended for its asker.
 
     `outcome` is `answered` (`value` is the answer), `refused` (`reason` says why;
@@ -48,7 +51,7 @@ class Ended(NamedTuple):
     reason: str
 
 
-class Entered(NamedTuple):
+class Entered(msgspec.Struct, frozen=True, gc=False):
     """User code of an activation is entered: the record is made by that code.
 
     `purpose` is `activate`, `handle`, `resume`, `timer` or `passivate`; `request`
@@ -65,7 +68,7 @@ class Entered(NamedTuple):
     number: int = 0
 
 
-class EntryClaimed(NamedTuple):
+class EntryClaimed(msgspec.Struct, frozen=True, gc=False):
     """The store has made `session` the owner of `identity`, under `token`.
 
     `former` owned it until this very write, under `former_token`; empty: nobody.
@@ -79,7 +82,7 @@ class EntryClaimed(NamedTuple):
     former_token: int
 
 
-class EntrySaved(NamedTuple):
+class EntrySaved(msgspec.Struct, frozen=True, gc=False):
     """The store has replaced the snapshot of `identity`."""
 
     at_ns: int
@@ -88,7 +91,7 @@ class EntrySaved(NamedTuple):
     version: int
 
 
-class EntryGivenUp(NamedTuple):
+class EntryGivenUp(msgspec.Struct, frozen=True, gc=False):
     """The store has cleared the owner that claimed `token`.
 
     `brought` is the version of the snapshot that came with it, to be stored; -1
@@ -102,7 +105,7 @@ class EntryGivenUp(NamedTuple):
     brought: int = -1
 
 
-class Leaving(NamedTuple):
+class Leaving(msgspec.Struct, frozen=True, gc=False):
     """User code of `token` has asked for the end of its own activation."""
 
     at_ns: int
@@ -110,14 +113,14 @@ class Leaving(NamedTuple):
     token: int
 
 
-class Emptying(NamedTuple):
+class Emptying(msgspec.Struct, frozen=True, gc=False):
     """The incarnation `address` was told to drain or to stop: all there is to end."""
 
     at_ns: int
     address: str
 
 
-class Chosen(NamedTuple):
+class Chosen(msgspec.Struct, frozen=True, gc=False):
     """`chooser` has `host` start `identity`, by the topology of `epoch`.
 
     `procedure` is the chooser's number for what it is doing: one that is sent again
@@ -132,7 +135,7 @@ class Chosen(NamedTuple):
     epoch: int
 
 
-class SessionChanged(NamedTuple):
+class SessionChanged(msgspec.Struct, frozen=True, gc=False):
     """The store's record of `session` is now `open` or `closed`."""
 
     at_ns: int
@@ -141,7 +144,7 @@ class SessionChanged(NamedTuple):
     renewals: int
 
 
-class MembersChanged(NamedTuple):
+class MembersChanged(msgspec.Struct, frozen=True, gc=False):
     """The store's membership record was replaced."""
 
     at_ns: int
@@ -149,7 +152,7 @@ class MembersChanged(NamedTuple):
     sessions: tuple[str, ...]
 
 
-class TopologyTaken(NamedTuple):
+class TopologyTaken(msgspec.Struct, frozen=True, gc=False):
     """The incarnation `address` decides by this topology from now on.
 
     `sessions` are its members, sorted; `draining` those of them that drain;
@@ -164,7 +167,7 @@ class TopologyTaken(NamedTuple):
     owners: tuple[str, ...]
 
 
-class ProcessEnded(NamedTuple):
+class ProcessEnded(msgspec.Struct, frozen=True, gc=False):
     """The process at `address` is gone: `how` is `crashed` or `stopped`."""
 
     at_ns: int
@@ -172,13 +175,13 @@ class ProcessEnded(NamedTuple):
     how: str
 
 
-class Healed(NamedTuple):
+class Healed(msgspec.Struct, frozen=True, gc=False):
     """The last fault is over; what follows must go well."""
 
     at_ns: int
 
 
-class Reached(NamedTuple):
+class Reached(msgspec.Struct, frozen=True, gc=False):
     """After the healing, `asker` sought `identity`: `reason` is empty where found."""
 
     at_ns: int
@@ -187,7 +190,7 @@ class Reached(NamedTuple):
     reason: str
 
 
-class FinalState(NamedTuple):
+class FinalState(msgspec.Struct, frozen=True, gc=False):
     """What the store held at the end: the requests that `identity`'s state contains."""
 
     at_ns: int
@@ -195,7 +198,7 @@ class FinalState(NamedTuple):
     requests: tuple[str, ...]
 
 
-class LeftBehind(NamedTuple):
+class LeftBehind(msgspec.Struct, frozen=True, gc=False):
     """At the end something was held that nobody will ever clear."""
 
     at_ns: int
@@ -204,7 +207,7 @@ class LeftBehind(NamedTuple):
     identity: str
 
 
-class WorkDone(NamedTuple):
+class WorkDone(msgspec.Struct, frozen=True, gc=False):
     """How much was done for `requests` requests in all.
 
     `kept_peak` is how much was kept at once because it was not done yet: turns and
@@ -218,7 +221,7 @@ class WorkDone(NamedTuple):
     kept_peak: int
 
 
-class Sought(NamedTuple):
+class Sought(msgspec.Struct, frozen=True, gc=False):
     """How often `asker` asked where `identity` is, for one need, within a second.
 
     That second of the run in which one was asked for most often.

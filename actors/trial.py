@@ -8,6 +8,7 @@ from typing import Any
 
 import msgpack
 import msgspec
+from msgspec.structs import astuple
 
 from actors.defects import variant_of
 from actors.engine import Settings
@@ -622,7 +623,7 @@ class Trial:
             for name, error in self.world.bugs
         )
         digest = shared.network.digest().copy()
-        digest.update(msgpack.packb([(type(e).__name__, *e) for e in records]))
+        digest.update(msgpack.packb([(type(e).__name__, *astuple(e)) for e in records]))
         return Result(
             seed=self.seed,
             messages=shared.network.frame_count

@@ -23,11 +23,13 @@ GRAIN = """
 
 #: Appends a record as if user code had been entered without a claim.
 BREAK = """
+        import msgspec
+
         entered = next(
             each for each in cluster.shared.records if hasattr(each, "purpose")
         )
         cluster.shared.records.append(
-            entered._replace(token=99, at_ns=cluster.world.now_ns)
+            msgspec.structs.replace(entered, token=99, at_ns=cluster.world.now_ns)
         )
 """
 

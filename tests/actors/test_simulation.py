@@ -19,6 +19,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pykka
 import pytest
 
@@ -646,7 +647,9 @@ def test_check_fails_where_a_message_is_handled_without_a_claim(
 ) -> None:
     cluster.ref("echo/1").ask(1)
     entered = next(e for e in cluster.shared.records if isinstance(e, Entered))
-    forged = entered._replace(token=entered.token + 1, at_ns=cluster.world.now_ns)
+    forged = msgspec.structs.replace(
+        entered, token=entered.token + 1, at_ns=cluster.world.now_ns
+    )
     cluster.shared.records.append(forged)
 
     with pytest.raises(Unsafe, match="entry-first: echo/1"):
