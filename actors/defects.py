@@ -485,23 +485,23 @@ DEFECTS: dict[str, Defect] = {
     "lease-from-answer": _defect(
         LeaseFromAnswer, 2, "closed-session", "one-activation"
     ),
-    "no-margin": _defect(NoMargin, 42, "closed-session", "one-activation"),
+    "no-margin": _defect(NoMargin, 21, "closed-session", "one-activation"),
     "entry-after-start": _defect(EntryAfterStart, 1, "entry-first"),
     "entry-replaced": _defect(EntryReplaced, 1, "owner-open"),
     "close-ignores-count": _defect(
-        CloseIgnoresCount, 5, "closed-session", "one-activation"
+        CloseIgnoresCount, 2, "closed-session", "one-activation"
     ),
     "late-release": _defect(LateRelease, 1, "stale-write"),
     "stale-save": _defect(StaleSave, 2, "stale-write"),
     "no-output-gate": _defect(NoOutputGate, 1, "saves-kept", "linearizable"),
-    "blind-repeat": _defect(BlindRepeat, 16, "saves-kept", "linearizable"),
+    "blind-repeat": _defect(BlindRepeat, 8, "saves-kept", "linearizable"),
     "sent-again": _defect(SentAgain, 1, "handled-once"),
     "handled-twice": _defect(HandledTwice, 1, "handled-once"),
     "order-lost": _defect(OrderLost, 1, "order"),
     "lost-lock": _defect(LostLock, 1, "reachable", "left-behind"),
-    "old-redirect": _defect(OldRedirect, 3, "bounded-work"),
+    "old-redirect": _defect(OldRedirect, 2, "bounded-work"),
     "stale-cache": _defect(StaleCache, 1, "reachable"),
-    "forgotten-waiter": _defect(ForgottenWaiter, 1, "reachable", "left-behind"),
+    "forgotten-waiter": _defect(ForgottenWaiter, 6, "reachable", "left-behind"),
 }
 
 
