@@ -348,6 +348,7 @@ class ActivationConformance(Conformance):
         first = _only(store.claim([_taking(A, 0)]), Claimed).entry
 
         _equal(first.owner, A, "owner")
+        _equal(first.record.pid, Pid(CART, A, first.fencing_token), "pid")
         _acquire(store, CART, _acquisition(B))
 
     def test_r3_2_a_claim_that_takes_the_lock_is_refused_while_it_is_held(self) -> None:

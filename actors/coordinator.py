@@ -48,7 +48,7 @@ from placement.contracts import (
 from placement.entry import Acquisition, Pid
 from placement.errors import Refusal
 from placement.event import Happened
-from placement.hosting import TellStarted, TellStartRefused
+from placement.hosting import TellClaimed, TellStarted, TellStartRefused
 from placement.identity import Identity
 from placement.partition import PartitionTable
 from placement.topology import Address, SessionId, address_of
@@ -78,7 +78,7 @@ class TopologyChanged:
 
 
 CoordinatorMessage: TypeAlias = (
-    Arrived | TopologyChanged | TellStarted | TellStartRefused
+    Arrived | TopologyChanged | TellClaimed | TellStarted | TellStartRefused
 )
 
 
@@ -122,6 +122,8 @@ class PartitionCoordinator(DispatchedActor):
         match message:
             case Arrived(sender, body):
                 effects = self._frame(sender, body, now_ns)
+            case TellClaimed(_, identity, procedure):
+                effects = self._claims.claim_made(identity, procedure, now_ns=now_ns)
             case TellStarted(_, pid, procedure):
                 effects = self._claims.started(pid, procedure, now_ns=now_ns)
             case TopologyChanged(session, table, closed, why_not):

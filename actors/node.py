@@ -421,7 +421,9 @@ class PlacementNode(Verbs):
         self._host = _NodeHost(self)
         self._hosting = hosting = self.hosting_type(kinds=frozenset(self._kinds))
         self._claims = self.claims_type(
-            choose_host=self._choose_host, find_here=hosting.serving
+            choose_host=self._choose_host,
+            find_here=hosting.serving,
+            has_strategy=lambda identity: identity.kind in self._strategies,
         )
         self._coordinator: DispatchedRef = self.coordinator_type.start(
             dispatcher=self._engine.system,

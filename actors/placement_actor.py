@@ -34,6 +34,7 @@ from placement.hosting import (
     SessionSettled,
     StartActivation,
     StopActivation,
+    TellClaimed,
     TellOwnerState,
     TellStarted,
     TellStartRefused,
@@ -180,7 +181,7 @@ class PlacementActor(DispatchedActor):
         sessions: pykka.ActorRef[Any],
         own_address: Address,
         send: Callable[[Address, Frame], bool],
-        answer_here: Callable[[TellStarted | TellStartRefused], None],
+        answer_here: Callable[[TellClaimed | TellStarted | TellStartRefused], None],
         send_echo: Callable[[Frame], None],
         publish: Callable[[Happened], None],
         node: Surroundings,
@@ -352,6 +353,8 @@ class PlacementActor(DispatchedActor):
                     self._entries.tell(Perform(claim, self._claimed, self.dispatcher))
                 case StartActivation():
                     self._start(effect)
+                case TellClaimed():
+                    self._answer_here(effect)
                 case TellStarted(to) | TellStartRefused(to) if to == self._own_address:
                     self._answer_here(effect)
                 case GiveUpEntry(give_up):

@@ -215,11 +215,21 @@ class Claims:
     Not thread-safe; one actor owns it. Until `adopt` has brought a session and a
     table every request is refused. Methods return the effects to perform, in
     order.
+
+    Whoever has a strategy of its own is asked for a host only where one is to be
+    started, and once: it may count.
     """
 
-    def __init__(self, *, choose_host: ChooseHost, find_here: FindHere) -> None:
+    def __init__(
+        self,
+        *,
+        choose_host: ChooseHost,
+        find_here: FindHere,
+        has_strategy: Callable[[Identity], bool] = lambda _: False,
+    ) -> None:
         self._find_here = find_here
         self._choose_host = choose_host
+        self._has_strategy = has_strategy
         self._session: SessionId | None = None
         self._table: PartitionTable | None = None
         self._why_not = "the node has not started"
@@ -359,8 +369,10 @@ class Claims:
         return self._acquire(procedure, now_ns)
 
     def _is_host(self, identity: Identity) -> bool:
-        """Tell whether this very member would be chosen to host `identity`."""
+        """Tell whether this very member hosts `identity`, for all that is known."""
         assert self._table is not None
+        if self._has_strategy(identity):
+            return False
         try:
             return self._choose_host(identity, self._table).session == self._session
         except NoAuthority:
@@ -518,6 +530,14 @@ class Claims:
             )
             for address, number in askers
         )
+
+    def claim_made(
+        self, identity: Identity, procedure_number: int, *, now_ns: int
+    ) -> tuple[ClaimEffect, ...]:
+        """Its host has claimed it: the store is asked no more, user code starts."""
+        if self._acquiring.get(identity) == procedure_number:
+            del self._acquiring[identity]
+        return self._admit(now_ns)
 
     def started(
         self, pid: Pid, procedure_number: int, *, now_ns: int

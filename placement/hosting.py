@@ -25,6 +25,8 @@ from placement.retry import RetryPolicy
 from placement.topology import Address, SessionId, address_of
 from placement.value import value
 
+#: So many failures of a claim are nobody's business: an answer can get lost.
+_SILENT_TRIES = 2
 _AGAIN = RetryPolicy(first_ns=50_000_000, largest_ns=1_000_000_000)
 
 
@@ -63,6 +65,15 @@ class StopActivation:
 
     pid: Pid
     lapsed: bool
+
+
+@value
+class TellClaimed:
+    """Tell the coordinator that the store has confirmed a claim that took the lock."""
+
+    to: Address
+    identity: Identity
+    procedure: int
 
 
 @value
@@ -109,6 +120,7 @@ HostingEffect: TypeAlias = (
     | GiveUpEntry
     | StartActivation
     | StopActivation
+    | TellClaimed
     | TellStarted
     | TellStartRefused
     | TellOwnerState
@@ -122,7 +134,7 @@ class _Hosted:
     """One identity on this node.
 
     `state` is claiming, starting, active, ending or giving up; a lapsed one is
-    ending or gone.
+    ending or gone. `trouble` is why its claim has failed until now.
     """
 
     identity: Identity
@@ -137,6 +149,7 @@ class _Hosted:
     why_failed: Refusal | None = None
     due_ns: int = 0
     tried: int = 0
+    trouble: str = ""
 
 
 class Hosting:
@@ -271,7 +284,10 @@ class Hosting:
                 return (TellStarted(to, hosted.pid, procedure),)
             if hosted.claim is not None and hosted.asked_by == (to, procedure):
                 return ()  # a repeated one: the first will be answered
-            refusal = Refusal("Pending", f"{identity} is {hosted.state} here")
+            said = f"{identity} is {hosted.state} here"
+            if hosted.trouble:
+                said += f", and the store fails: {hosted.trouble}"
+            refusal = Refusal("Pending", said)
         if refusal is not None:
             return (TellStartRefused(to, identity, procedure, host, refusal),)
         self._last_attempt += 1
@@ -320,7 +336,7 @@ class Hosting:
                 # The same attempt again: the store confirms it or makes it, and
                 # either way says so. Nothing else is safe to conclude.
                 self._try_again(hosted, now_ns)
-                return ()
+                return self._tell_trouble(hosted, outcome.message)
             case Failed(message):
                 return (
                     *self._refuse_start(hosted, Refusal("StoreFailed", message)),
@@ -345,6 +361,7 @@ class Hosting:
                 )
             case Claimed(entry):
                 self._again.pop(hosted.identity, None)
+                hosted.trouble = ""
                 pid = entry.record.pid
                 assert pid is not None
                 hosted.pid = pid
@@ -352,16 +369,31 @@ class Hosting:
                     hosted.why_failed = Refusal("NoAuthority", self._why_not)
                     return self._give_up(hosted)
                 hosted.state = "starting"
-                return (
-                    Happened(
-                        kind="placement",
-                        name="Claimed",
-                        identity=pid.identity,
-                        session=pid.session,
-                        token=pid.fencing_token,
-                    ),
-                    StartActivation(pid, entry.record, hosted.chain),
+                claimed = Happened(
+                    kind="placement",
+                    name="Claimed",
+                    identity=pid.identity,
+                    session=pid.session,
+                    token=pid.fencing_token,
                 )
+                start = StartActivation(pid, entry.record, hosted.chain)
+                if request.acquisition is not None or hosted.asked_by is None:
+                    return (claimed, start)
+                to, procedure = hosted.asked_by
+                return (claimed, start, TellClaimed(to, pid.identity, procedure))
+
+    def _tell_trouble(self, hosted: _Hosted, message: str) -> tuple[HostingEffect, ...]:
+        """Have nobody wait for a claim that fails again and again; it goes on.
+
+        One that a coordinator has taken the lock for is waited for by its deadline.
+        """
+        assert hosted.claim is not None
+        hosted.trouble = message
+        if hosted.tried < _SILENT_TRIES or hosted.claim.acquisition is not None:
+            return ()
+        told = self._refuse_start(hosted, Refusal("StoreFailed", message))
+        hosted.asked_by = None
+        return told
 
     def _is_first_look(self, request: Claim, entry: ActivationEntry) -> bool:
         """Tell whether a claim that took the lock did not know of the entry."""

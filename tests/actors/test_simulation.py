@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import itertools
 import logging
 import os
 import random
@@ -33,6 +34,7 @@ from actors.simulation import SimulatedCluster, Unsafe
 from actors.trace import Asked, Ended, Entered, ProcessEnded
 from actors.witness import ActivationWitness
 from actors.world import ProcessClock, SteppedDispatcher, World
+from placement.claim import ACQUIRING_MAX
 from placement.entry import ActivationRecord, Pid
 from placement.errors import (
     ActivationFailed,
@@ -42,9 +44,11 @@ from placement.errors import (
     NotReady,
     OutcomeUnknown,
     PlacementError,
+    StoreFailed,
 )
 from placement.event import Event
 from placement.lease import Guard
+from placement.topology import Member
 from tests.actors.actors_under_test import (
     Account,
     Echo,
@@ -574,6 +578,74 @@ def test_a_store_that_fails_for_some_nodes_spares_the_others(
     cluster.run_until(lambda: "node-1" not in cluster.snapshot().members)
 
     assert cluster.ref("echo/1").ask(1) == 1
+
+
+def test_r4_4_a_claim_that_the_store_does_not_answer_is_told_of_at_once(
+    cluster: SimulatedCluster,
+) -> None:
+    found: list[Event] = []
+    cluster.events.subscribe(found.append)
+    cluster.store.fail("away")
+    began = cluster.now()
+
+    with pytest.raises(StoreFailed, match="cannot be reached"):
+        cluster.ref("echo/1").ask(1)
+
+    # After a second try, long before its deadline.
+    assert cluster.now() - began < 3.0
+    cluster.advance(0.001)
+    assert "ClaimRefused" in {event.name for event in found}
+    cluster.heal()
+    cluster.run_until(lambda: len(cluster.snapshot().members) == 5)
+    assert cluster.ref("echo/1").ask(1) == 1
+
+
+class Child(Grain):
+    def on_receive(self, message: Any) -> Any:
+        return message
+
+
+class Parent(Grain):
+    """Is activated once its child has answered."""
+
+    async def on_activate(self) -> None:
+        child = self.context.ref(f"child/{self.context.identity.name}")
+        self.answer = await child.ask_async("here")
+
+    def on_receive(self, message: Any) -> Any:
+        return self.answer
+
+
+def test_activations_that_wait_for_others_keep_nobody_from_the_store() -> None:
+    # As many as may ask the store at once, each waiting for one more.
+    kinds = {"parent": Parent, "child": Child}
+    with Cluster.simulated(seed=1, nodes=1, kinds=kinds) as cluster:
+        futures = [
+            cluster.ref(f"parent/{number}").ask("", block=False, timeout=60.0)
+            for number in range(ACQUIRING_MAX)
+        ]
+
+        answers = Counter(future.get(timeout=60.0) for future in futures)
+
+        assert answers == {"here": ACQUIRING_MAX}
+        cluster.check()
+
+
+def test_r1_2_a_strategy_that_counts_spreads_evenly() -> None:
+    numbers = itertools.count()
+
+    def by_turns(_: Any, eligible: tuple[Member, ...], __: Any) -> Member:
+        return eligible[next(numbers) % len(eligible)]
+
+    kinds = {"echo": Kind(Echo, strategy=by_turns)}
+    with Cluster.simulated(seed=1, nodes=2, kinds=kinds) as cluster:
+        names = [f"echo/{number}" for number in range(100)]
+        assert [cluster.ref(name).ask(name) for name in names] == names
+
+        hosts = Counter(cluster.resolve(name).pid.node for name in names)
+
+        assert hosts == {"node-1": 50, "node-2": 50}
+        assert next(numbers) == 100
 
 
 # --- check ---

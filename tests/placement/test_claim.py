@@ -218,12 +218,31 @@ def test_claims_that_take_the_lock_are_as_many_at_the_store_as_others() -> None:
     for number, identity in enumerate(identities):
         made.request(to(number), identity, epoch=1, deadline_ns=60 * S, now_ns=0)
 
-    started = made.started(Pid(identities[0], A, 1), 1, now_ns=1)
+    claimed = made.claim_made(identities[0], 1, now_ns=1)
     failed = Refusal("StoreFailed", "the disk is full")
     refused = made.start_refused(identities[1], 2, A, failed, now_ns=1)
 
-    assert only(started, StartAt).identity == identities[-2]
+    assert only(claimed, StartAt).identity == identities[-2]
     assert only(refused, StartAt).identity == identities[-1]
+    # What has been claimed holds up nobody, however long its user code takes.
+    assert made.claim_made(identities[0], 1, now_ns=1) == ()
+
+
+def test_r1_2_whoever_has_a_strategy_is_asked_once_when_a_host_is_needed() -> None:
+    asked: list[Identity] = []
+
+    def by_turns(identity: Identity, of: PartitionTable) -> Member:
+        asked.append(identity)
+        return of.topology.members[len(asked) % len(of.topology.members)]
+
+    made = Claims(choose_host=by_turns, find_here=HERE.get, has_strategy=lambda _: True)
+    made.adopt(A, table(A), now_ns=0)
+    request = lock(ask(made))
+
+    assert asked == []
+    started = made.acquired(request, acquired(entry()), now_ns=0)
+    assert not only(started, StartAt).takes_lock
+    assert asked == [CART]
 
 
 def test_r3_2_without_the_lock_nothing_is_started() -> None:

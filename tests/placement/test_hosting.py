@@ -21,6 +21,7 @@ from placement.hosting import (
     SessionSettled,
     StartActivation,
     StopActivation,
+    TellClaimed,
     TellOwnerState,
     TellStarted,
     TellStartRefused,
@@ -99,6 +100,44 @@ def test_r2_5_a_claim_that_takes_the_lock_leaves_what_another_owns() -> None:
     refused = only(made.claimed(claim, owned, now_ns=0), TellStartRefused)
 
     assert refused.refusal.reason == "LockDenied"
+
+
+def taking(made: Hosting) -> Any:
+    return made.start(
+        CART, acquisition=LOCK, host=A, expected_revision=0, takes_lock=True
+    )
+
+
+def test_a_claim_that_took_the_lock_is_told_of_before_its_user_code_has_started() -> (
+    None
+):
+    made = hosting()
+    claim = only(taking(made), ClaimEntry).request
+
+    effects = made.claimed(claim, Claimed(entry(owner=A, token=5)), now_ns=0)
+
+    assert only(effects, StartActivation)
+    assert only(effects, TellClaimed) == TellClaimed(COORDINATOR, CART, 4)
+
+
+def test_r4_4_a_claim_without_an_answer_is_told_of_once_and_goes_on() -> None:
+    made = hosting()
+    claim = only(taking(made), ClaimEntry).request
+    lost = Failed("no answer", may_have_happened=True)
+
+    # One answer can get lost.
+    assert made.claimed(claim, lost, now_ns=0) == ()
+    told = made.claimed(claim, lost, now_ns=1)
+
+    assert only(told, TellStartRefused).refusal == Refusal("StoreFailed", "no answer")
+    assert made.claimed(claim, lost, now_ns=2) == ()
+    refused = only(taking(made), TellStartRefused).refusal
+    assert refused.reason == "Pending"
+    assert "the store fails: no answer" in refused.message
+    effects = made.claimed(claim, Claimed(entry(owner=A, token=5)), now_ns=3)
+    assert only(effects, StartActivation)
+    assert none_of(effects, TellClaimed)
+    assert none_of(made.started(Pid(CART, A, 5)), TellStarted)
 
 
 def won(made: Hosting, token: int = 5, snapshot: bytes | None = None) -> Pid:

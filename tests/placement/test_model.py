@@ -41,6 +41,7 @@ from placement.hosting import (
     SessionSettled,
     StartActivation,
     StopActivation,
+    TellClaimed,
     TellOwnerState,
     TellStarted,
     TellStartRefused,
@@ -61,11 +62,20 @@ from placement.session import (
     TopologyAdopted,
     WriteMembers,
 )
-from placement.topology import Address, SessionId, Topology, address_of
+from placement.topology import Address, Member, SessionId, Topology, address_of
 from tests.placement.builders import MS, S
 
 IDENTITIES = (Identity("cart", "1"), Identity("cart", "2"))
+#: Is hosted by the owner of its partition; the other by whoever is the last member.
+DEFAULT, _ = IDENTITIES
 TTL, EVERY, MARGIN = 5 * S, S, S
+
+
+def choose_host(identity: Identity, table: PartitionTable) -> Member:
+    """The host of each identity."""
+    if identity == DEFAULT:
+        return table.host_of(identity)
+    return table.topology.members[-1]
 
 
 class Node:
@@ -87,8 +97,9 @@ class Node:
         )
         self.hosting = Hosting(kinds=frozenset({"cart"}))
         self.claims = Claims(
-            choose_host=lambda identity, table: table.host_of(identity),
+            choose_host=choose_host,
             find_here=self.hosting.serving,
+            has_strategy=lambda identity: identity != DEFAULT,
         )
         self.table = PartitionTable.build(Topology(), 8)
         self.is_known = False
@@ -239,6 +250,8 @@ class Node:
                         takes_lock=takes_lock,
                     ),
                 )
+            case TellClaimed(_, identity, procedure):
+                self.do(self.claims.claim_made(identity, procedure, now_ns=self.now()))
             case TellStarted(to, pid, procedure):
                 self.send(
                     to,
