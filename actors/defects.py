@@ -483,18 +483,18 @@ def _defect(variant: type[Variant], seed: int, *rules: str) -> Defect:
 DEFECTS: dict[str, Defect] = {
     "unguarded": _defect(Unguarded, 1, "closed-session", "one-activation"),
     "lease-from-answer": _defect(
-        LeaseFromAnswer, 2, "closed-session", "one-activation"
+        LeaseFromAnswer, 1, "closed-session", "one-activation"
     ),
-    "no-margin": _defect(NoMargin, 21, "closed-session", "one-activation"),
+    "no-margin": _defect(NoMargin, 11, "closed-session", "one-activation"),
     "entry-after-start": _defect(EntryAfterStart, 1, "entry-first"),
     "entry-replaced": _defect(EntryReplaced, 1, "owner-open"),
     "close-ignores-count": _defect(
-        CloseIgnoresCount, 2, "closed-session", "one-activation"
+        CloseIgnoresCount, 1, "closed-session", "one-activation"
     ),
     "late-release": _defect(LateRelease, 1, "stale-write"),
     "stale-save": _defect(StaleSave, 2, "stale-write"),
     "no-output-gate": _defect(NoOutputGate, 1, "saves-kept", "linearizable"),
-    "blind-repeat": _defect(BlindRepeat, 8, "saves-kept", "linearizable"),
+    "blind-repeat": _defect(BlindRepeat, 1, "saves-kept", "linearizable"),
     "sent-again": _defect(SentAgain, 1, "handled-once"),
     "handled-twice": _defect(HandledTwice, 1, "handled-once"),
     "order-lost": _defect(OrderLost, 1, "order"),
