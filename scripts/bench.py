@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from scripts.benchmarks import over_nats
 from scripts.benchmarks.catalogue import BENCHMARKS, Benchmark
 from scripts.benchmarks.curves import CURVES, Point
 from scripts.benchmarks.measure import FULL, QUICK, Effort
@@ -219,6 +220,11 @@ def main(
         if each.needs > effort.size:
             print(f"{each.name}: left out, it needs more", file=sys.stderr)
     wanted = tuple(each for each in wanted if each.needs <= effort.size)
+    if not over_nats.is_installed():
+        for each in wanted:
+            if each.is_over_nats:
+                print(f"{each.name}: left out: {over_nats.MORE}", file=sys.stderr)
+        wanted = tuple(each for each in wanted if not each.is_over_nats)
     # A neighbour that disturbs one side only must be there twice.
     tries = 2 if options.check else 1
     rows = measure(wanted, effort, read_floors(floors_at), tries=tries)

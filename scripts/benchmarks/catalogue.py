@@ -14,6 +14,7 @@ from scripts.benchmarks import (
     claims,
     hosted,
     messages,
+    over_nats,
     processes,
     simulated,
     topology,
@@ -59,8 +60,9 @@ class Goal:
 class Benchmark:
     """One row: `measure` gives both sides' values in `unit`.
 
-    It is left out where no population of `needs` may be made. Without a floor is
-    what differs from run to run by more than a floor allows.
+    It is left out where no population of `needs` may be made, or NATS is not there
+    that it is over. Without a floor is what differs from run to run by more than a
+    floor allows.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Benchmark:
     published: str = ""
     needs: int = 0
     has_floor: bool = True
+    is_over_nats: bool = False
 
 
 def rate(value: float) -> Goal:
@@ -271,10 +274,45 @@ def _processes() -> Iterable[Benchmark]:
     )
 
 
+def _over_nats() -> Iterable[Benchmark]:
+    for ttl_s in (2, 10):
+        # A renewal is due at each third of it.
+        yield Benchmark(
+            name=f"failover/{ttl_s}s",
+            against="time to live and a renewal",
+            measure=partial(over_nats.failover, ttl_s=ttl_s),
+            unit="ms",
+            goal=most(round(ttl_s * 4 / 3 * 1.1 * 1e3)),
+            is_over_nats=True,
+        )
+    yield Benchmark(
+        name="nats/claim",
+        against="creates, 64 in flight",
+        measure=over_nats.claims,
+        goal=ratio(0.5),
+        is_over_nats=True,
+    )
+    yield Benchmark(
+        name="nats/ask",
+        against="a request of NATS",
+        measure=over_nats.ask,
+        goal=ratio(0.7),
+        is_over_nats=True,
+    )
+    yield Benchmark(
+        name="nats/flight",
+        against="one ask at a time",
+        measure=over_nats.flight,
+        goal=ratio(5.0),
+        is_over_nats=True,
+    )
+
+
 BENCHMARKS: tuple[Benchmark, ...] = (
     *_claims(),
     *_messages(),
     *_hosted(),
     *_topology(),
     *_processes(),
+    *_over_nats(),
 )

@@ -19,7 +19,7 @@ from scripts.benchmarks.soak import percentile, soak
 TINY = Effort(rounds=1, run_in_s=0.0, round_s=0.001, runs=1, size=1_000)
 
 # Whole processes, and tables of a thousand members: too slow for a test.
-SLOW = ("run/", "start/", "topology/join", "topology/leave")
+SLOW = ("run/", "start/", "topology/join", "topology/leave", "failover/10s")
 
 ROW_KEYS = {
     "name",
@@ -107,6 +107,19 @@ def test_a_benchmark_that_needs_more_is_left_out_and_named(
     run("--json")
 
     assert "large/d" in capsys.readouterr().err
+
+
+def test_what_is_over_nats_is_left_out_where_that_is_not_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scripts.benchmarks.over_nats.is_installed", lambda: False)
+    both = [fixed("ask/a", 1.0, 1.0), fixed("nats/b", 1.0, 1.0, is_over_nats=True)]
+
+    assert main(["--json"], benchmarks=both, effort=TINY) == 0
+
+    printed = capsys.readouterr()
+    assert [row["name"] for row in json.loads(printed.out)["rows"]] == ["ask/a"]
+    assert "nats/b: left out: pip install 'actor-placement[nats]'" in printed.err
 
 
 def test_list_names_all_and_measures_nothing(
@@ -273,7 +286,7 @@ def test_a_percentile_is_one_of_the_values() -> None:
 @pytest.mark.parametrize(
     "benchmark",
     [
-        each
+        pytest.param(each, marks=[pytest.mark.servers] if each.is_over_nats else [])
         for each in BENCHMARKS
         if each.needs <= TINY.size and not each.name.startswith(SLOW)
     ],
