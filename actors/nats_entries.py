@@ -87,6 +87,7 @@ class _StoredEntry(msgspec.Struct, array_like=True, frozen=True):
     parts: _Parts | None = None
 
 
+ENTRY_PREFIX = "e."
 _encode = msgspec.msgpack.Encoder().encode
 _entry_from = msgspec.msgpack.Decoder(_StoredEntry).decode
 
@@ -136,6 +137,11 @@ def _row_of(stored: _StoredEntry, revision: int) -> Row:
         else Acquisition(SessionId(session), stored.lock_procedure),
         snapshot=stored.snapshot,
     )
+
+
+def row_from(data: bytes, revision: int) -> Row:
+    """The entry that a key holds; a snapshot in keys of its own is left out."""
+    return _row_of(_entry_from(data), revision)
 
 
 def _part_keys(identity: Identity, parts: _Parts) -> list[str]:
@@ -318,7 +324,7 @@ class _Deed:
         self.bucket, self.batch, self.place, self.until = bucket, batch, place, until
         self.request = batch.requests[place]
         self.identity: Identity = self.request.identity
-        self.key = f"e.{key_token_of(self.identity)}"
+        self.key = f"{ENTRY_PREFIX}{key_token_of(self.identity)}"
         self.has_read = False
         self.upload: _Parts | None = None
 

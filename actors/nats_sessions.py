@@ -8,19 +8,31 @@ look closed without it.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import Generic, TypeVar
 
 import msgspec
 
-from actors.nats_bucket import Bucket, BucketError, NotDone, WrongRevision
+from actors.nats_bucket import (
+    Bucket,
+    BucketError,
+    NoAnswer,
+    NotDone,
+    NotNow,
+    WrongRevision,
+)
 from actors.nats_token import key_token_of
-from placement.contracts import SessionRecord, SessionView
+from placement.contracts import SessionRecord, SessionView, StoreFailure
 from placement.topology import Member, SessionId, Topology
 
-_CLUSTER_KEY = "cluster"
+CLUSTER_KEY = "cluster"
+SESSION_PREFIX = "s."
 _CLOSED_MAX = 10_000
+_PAUSE_S, _PAUSE_S_MAX = 0.002, 0.05
+
+Result = TypeVar("Result")
 
 
 class _StoredSession(msgspec.Struct, array_like=True, frozen=True):
@@ -48,11 +60,31 @@ _cluster_from = msgspec.msgpack.Decoder(_StoredCluster).decode
 
 
 def _session_key(session: SessionId) -> str:
-    return f"s.{key_token_of(session)}"
+    return f"{SESSION_PREFIX}{key_token_of(session)}"
 
 
 def _session_data(record: SessionRecord) -> bytes:
     return _encode(_StoredSession(record.ttl_ms, record.count, record.closed))
+
+
+def session_from(data: bytes, session: SessionId) -> SessionRecord:
+    """The record that a key holds.
+
+    Raises:
+        msgspec.MsgspecError: it holds none.
+    """
+    stored = _session_from(data)
+    return SessionRecord(
+        session=session,
+        ttl_ms=stored.ttl_ms,
+        count=stored.count,
+        closed=stored.closed,
+    )
+
+
+def topology_from(data: bytes) -> Topology:
+    """The members that the key of the cluster holds."""
+    return _topology_of(_cluster_from(data))
 
 
 def _topology_of(stored: _StoredCluster) -> Topology:
@@ -75,6 +107,43 @@ def _members_of(members: Iterable[Member]) -> tuple[_StoredMember, ...]:
         _StoredMember(each.session, each.kinds, each.weight, each.draining)
         for each in members
     )
+
+
+class Patience(Generic[Result]):
+    """One request, made again where its answer is lost or others were faster.
+
+    `unsure` says whether it may have happened, whatever comes of it.
+    """
+
+    def __init__(
+        self, work: Callable[[Bucket, float], Awaitable[Result]], *, timeout_s: float
+    ) -> None:
+        self._work, self._timeout_s = work, timeout_s
+        self.unsure = False
+
+    async def perform(self, bucket: Bucket) -> Result:
+        """Do the work; what it returns.
+
+        Raises:
+            StoreFailure: it cannot be done, or not in time.
+        """
+        loop = asyncio.get_running_loop()
+        until, pause_s = loop.time() + self._timeout_s, 0.0
+        while True:
+            try:
+                return await self._work(bucket, until)
+            except (WrongRevision, NotNow, NoAnswer) as error:
+                self.unsure = self.unsure or isinstance(error, NoAnswer)
+                if loop.time() >= until:
+                    raise self.failure(error) from error
+                await asyncio.sleep(min(pause_s, until - loop.time()))
+                pause_s = min(_PAUSE_S_MAX, pause_s + _PAUSE_S)
+            except (NotDone, UnicodeEncodeError) as error:
+                raise self.failure(error) from error
+
+    def failure(self, error: Exception) -> StoreFailure:
+        """What `error` means to whoever asked."""
+        return StoreFailure(str(error), may_have_happened=self.unsure)
 
 
 class NatsSessions:
@@ -205,15 +274,9 @@ class NatsSessions:
             return known
         revision, data = found
         try:
-            stored = _session_from(data)
+            record = session_from(data, session)
         except msgspec.MsgspecError as error:
             raise NotDone(f"{self._where}: {key} is damaged: {error}") from error
-        record = SessionRecord(
-            session=session,
-            ttl_ms=stored.ttl_ms,
-            count=stored.count,
-            closed=stored.closed,
-        )
         self._keep_session(revision, record)
         return revision, record
 
@@ -321,7 +384,7 @@ class NatsSessions:
         self, bucket: Bucket, until: float
     ) -> tuple[int, _StoredCluster]:
         """The newest that this connection knows, after another reading."""
-        found = await bucket.read(_CLUSTER_KEY, until=until)
+        found = await bucket.read(CLUSTER_KEY, until=until)
         if found is not None and found[0] > self._cluster[0]:
             try:
                 self._cluster = found[0], _cluster_from(found[1])
@@ -337,6 +400,6 @@ class NatsSessions:
     ) -> None:
         self._is_cluster_old = True
         revision = await bucket.write(
-            _CLUSTER_KEY, _encode(cluster), expected=expected, until=until
+            CLUSTER_KEY, _encode(cluster), expected=expected, until=until
         )
         self._cluster, self._is_cluster_old = (revision, cluster), False

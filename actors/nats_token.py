@@ -34,15 +34,19 @@ def text_of_token(token: str) -> str:
         BadFrame: it makes that of none.
     """
     try:
-        plain = _ESCAPED.sub(
-            lambda found: bytes.fromhex(found[1].decode()), token.encode()
-        )
-        text = plain.decode()
+        text = text_of_key_token(token)
     except UnicodeError:
         text = ""
     if not text or token_of(text) != token:
         raise BadFrame(f"{token!r} is no name in a subject")
     return text
+
+
+def text_of_key_token(token: str) -> str:
+    """The text of which `key_token_of` has made `token`."""
+    return _ESCAPED.sub(
+        lambda found: bytes.fromhex(found[1].decode()), token.encode()
+    ).decode()
 
 
 def _escaped(others: "re.Pattern[bytes]", text: str) -> str:

@@ -13,6 +13,7 @@ from actors.defects import DEFECTS
 from actors.exits import FAILED, wrong
 from actors.faults import BadFaults, parse_faults
 from actors.simulate import Sum, Witnessed, shrink, simulate
+from actors.simulation import MEMORY, STORES
 from actors.trial import Scenario
 
 _SEED_MAX = 2**63 - 1
@@ -50,6 +51,13 @@ def _list_defects() -> None:
 @click.option(
     "--defect", default="", help="A broken variant, until found; list: which."
 )
+@click.option(
+    "--store",
+    type=click.Choice(STORES),
+    default=MEMORY,
+    show_default=True,
+    help="nats: old readings, keys that change one by one.",
+)
 @click.option("--jobs", default=2, show_default=True, help="Trials at once.")
 @click.option("--trace", metavar="FILE", help="Everything of a trial, as JSON lines.")
 @click.option("--shrink", "is_shrunk", is_flag=True, help="Find fewer faults that do.")
@@ -63,6 +71,7 @@ def simulate_command(
     seeds: int,
     faults: str,
     defect: str,
+    store: str,
     jobs: int,
     trace: str | None,
     is_shrunk: bool,
@@ -81,6 +90,8 @@ def simulate_command(
         return
     if defect and defect not in DEFECTS:
         raise wrong(f"unknown defect {defect!r}; known are {', '.join(DEFECTS)}")
+    if defect and store != MEMORY:
+        raise wrong(f"--defect {defect} has the store memory, not {store}")
     for name, number in (
         ("--nodes", nodes),
         ("--requests", requests),
@@ -104,6 +115,7 @@ def simulate_command(
         requests=requests,
         faults=named,
         defect=defect,
+        store=store,
     )
     found = _perform(range(first, first + seeds), scenario, jobs)
     if as_json:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from actors.store_memory import MemoryStore
+from actors.store_memory import MemoryStore, Row
 from actors.trace import (
     EntryClaimed,
     EntryGivenUp,
@@ -36,6 +36,7 @@ from placement.contracts import (
     Stale,
     StoreFailure,
 )
+from placement.identity import Identity
 from placement.topology import Member, SessionId, Topology
 
 _LEAST_NS = 200_000
@@ -55,6 +56,22 @@ class RecordingStore(MemoryStore):
         store = cls(now_ms=lambda: world.now_ns // 1_000_000)
         store.world, store.records = world, records
         return store
+
+    def connect(
+        self, world: World, node: str, shared: "StoreCounter"
+    ) -> "SimulatedStore":
+        """A connection of that node's."""
+        return SimulatedStore(self, world, node, shared)
+
+    @property
+    def rows(self) -> dict[Identity, Row]:
+        """All entries, as they really are."""
+        return self._contents.rows
+
+    @property
+    def open_sessions(self) -> dict[SessionId, SessionRecord]:
+        """All sessions that are open."""
+        return self._contents.open_sessions
 
     def _claim(self, request: Claim, now_ms: int) -> Claimed | ClaimRefused:
         row = self._row(request.identity)
@@ -157,6 +174,7 @@ class StoreCounter:
         self.faults: list[StoreFault] = []
         self.operation_count = 0
         self.session_count = 0
+        self.connection_count = 0
         #: The readings of the sessions, by whomever, and when, the oldest first.
         self.views: list[tuple[int, SessionView]] = []
         #: Called once when a call by that node to `entries` or `sessions` has been

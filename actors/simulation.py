@@ -22,9 +22,9 @@ from actors.network import Fate, Network
 from actors.node import STOP_S, PlacementNode, Witness
 from actors.observer import Bounds, Violation, observe
 from actors.recorded_node import RecordedNode
+from actors.simulated_bucket import BucketContents
 from actors.simulated_store import (
     RecordingStore,
-    SimulatedStore,
     StoreCounter,
     Trouble,
 )
@@ -83,14 +83,29 @@ class _StepReader:
                 self._on_bug(error)
 
 
+#: What the store of a simulation is like: one of transactions, or one over NATS.
+MEMORY, NATS = STORES = ("memory", "nats")
+
+
+def _contents_of(
+    store: str, world: World, records: list[Record]
+) -> RecordingStore | BucketContents:
+    match store:
+        case "memory":
+            return RecordingStore.of(world, records)
+        case "nats":
+            return BucketContents(world, records)
+    raise ValueError(f"the store of a simulation is memory or nats, not {store!r}")
+
+
 class Shared:
     """What all processes of one simulation have in common."""
 
-    def __init__(self, seed: int, partitions: int) -> None:
+    def __init__(self, seed: int, partitions: int, store: str = MEMORY) -> None:
         self.world = World(seed)
         self.records: list[Record] = []
         self.network = Network(self.world)
-        self.store = RecordingStore.of(self.world, self.records)
+        self.store = _contents_of(store, self.world, self.records)
         self.calls = StoreCounter()
         self.processes: list[Process] = []
         self.turns_at_once: Callable[[], int] = lambda: 0
@@ -132,8 +147,6 @@ class Process:
     It stands still, ends or loses its way as a whole.
     """
 
-    store_type: type[SimulatedStore] = SimulatedStore
-
     def __init__(self, shared: Shared, name: str, *, rate_ppm: int = 1_000_000) -> None:
         world = shared.world
         self.name = name
@@ -149,7 +162,7 @@ class Process:
         self.system: Dispatcher = self._thread("system")
         self.program: Dispatcher = self._thread("program")
         self.node_address: Address | None = None
-        store = self.store_type(shared.store, world, name, shared.calls)
+        store = shared.store.connect(world, name, shared.calls)
         self.entries: pykka.ActorRef[Any] = StoreActor.start(
             store, dispatcher=self._thread("entries"), on_bug=self.bug
         )
@@ -370,12 +383,16 @@ class SimulatedCluster(Cluster):
         nodes: int | Iterable[str] = 3,
         kinds: Mapping[str, Kind | type],
         witness: Witness | None = None,
+        store: str = MEMORY,
         **settings: Any,
     ) -> "SimulatedCluster":
         """Start one; it serves when this returns.
 
+        `store` is what its store is like: `memory`, or `nats` (readings may be old,
+        and keys change one by one).
+
         Raises:
-            ValueError: a name, setting or kind makes no sense.
+            ValueError: a name, setting, store or kind makes no sense.
             BadKind: a kind has threads of its own.
         """
         names = names_of(nodes)
@@ -392,7 +409,8 @@ class SimulatedCluster(Cluster):
                     f"kind {name!r} is a ThreadingActor: its own thread cannot be "
                     "simulated; a simulation runs Grains"
                 )
-        cluster = cls(Shared(seed, checked.partitions), checked, by_name, witness)
+        shared = Shared(seed, checked.partitions, store)
+        cluster = cls(shared, checked, by_name, witness)
         cluster._start(names)
         return cluster
 

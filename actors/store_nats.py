@@ -42,7 +42,6 @@ from actors.nats_bucket import (
     NoAnswer,
     NotDone,
     NotNow,
-    WrongRevision,
 )
 from actors.nats_connection import (
     BadNatsUrl,
@@ -56,7 +55,7 @@ from actors.nats_connection import (
     parse_nats_url,
 )
 from actors.nats_entries import Batch, NatsEntries
-from actors.nats_sessions import NatsSessions
+from actors.nats_sessions import NatsSessions, Patience
 from actors.store_memory import (
     BadStore,
     RecordStore,
@@ -100,7 +99,7 @@ _TIMEOUT_MS_DEFAULT, _TIMEOUT_MS_MAX = 2_000, 600_000
 
 _CALL_S_MAX = 600.0
 _PREPARE_TRIES = 5
-_PAUSE_S, _PAUSE_S_MAX = 0.002, 0.05
+_PAUSE_S = 0.05
 
 _Result = TypeVar("_Result")
 _Request = TypeVar("_Request", Acquire, Release, Load, Claim, Save, GiveUp)
@@ -350,33 +349,15 @@ class NatsStore:
         self, work: Callable[[Bucket, float], Awaitable[_Result]]
     ) -> _Result:
         """Do `work`, again and again where its answer is lost or others were faster."""
-        until_s, unsure = self._until_s(), False
-
-        async def patiently(bucket: Bucket) -> _Result:
-            nonlocal unsure
-            loop = asyncio.get_running_loop()
-            until, pause_s = loop.time() + self._timeout_s, 0.0
-            while True:
-                try:
-                    return await work(bucket, until)
-                except (WrongRevision, NotNow, NoAnswer) as error:
-                    unsure = unsure or isinstance(error, NoAnswer)
-                    if loop.time() >= until:
-                        raise StoreFailure(
-                            str(error), may_have_happened=unsure
-                        ) from error
-                    await asyncio.sleep(min(pause_s, until - loop.time()))
-                    pause_s = min(_PAUSE_S_MAX, pause_s + _PAUSE_S)
-                except (NotDone, UnicodeEncodeError) as error:
-                    raise StoreFailure(str(error), may_have_happened=unsure) from error
-
+        until_s = self._until_s()
+        patience = Patience(work, timeout_s=self._timeout_s)
         while True:
             try:
-                return self._call(patiently)
+                return self._call(patience.perform)
             except _Lost as error:
-                unsure = unsure or error.may_have_happened
+                patience.unsure = patience.unsure or error.may_have_happened
                 if not self._await_connection(until_s):
-                    raise StoreFailure(str(error), may_have_happened=unsure) from error
+                    raise patience.failure(error) from error
 
     def _call(self, work: Callable[[Bucket], Awaitable[_Result]]) -> _Result:
         """Do `work` on the connection's thread, with the bucket of its client."""
@@ -423,7 +404,7 @@ class NatsStore:
                 except (NotNow, NoAnswer):
                     if loop.time() >= over:
                         raise
-                    await asyncio.sleep(_PAUSE_S_MAX)
+                    await asyncio.sleep(_PAUSE_S)
                 else:
                     return
 

@@ -26,7 +26,7 @@ from actors.kind import Kind
 from actors.node import PlacementNode
 from actors.observer import Bounds, Violation, observe
 from actors.outcome import outcome_of
-from actors.simulation import PARTITIONS, Process, Shared
+from actors.simulation import MEMORY, PARTITIONS, Process, Shared
 from actors.trace import (
     Asked,
     Chosen,
@@ -61,6 +61,7 @@ class Scenario:
     requests: int = 5_000
     faults: tuple[str, ...] = ()
     defect: str = ""
+    store: str = MEMORY
 
     @property
     def duration_s(self) -> float:
@@ -99,7 +100,7 @@ class Trial:
         self.variant = variant_of(scenario.defect)
         self.counts: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
-        self.shared = shared = Shared(seed, PARTITIONS)
+        self.shared = shared = Shared(seed, PARTITIONS, scenario.store)
         self.variant.prepare(shared)
         self.world = shared.world
         self.records: list[Record] = shared.records
@@ -517,7 +518,7 @@ class Trial:
         reason = ""
         try:
             pid = future.get(timeout=0)
-            if pid.session not in self.shared.store._contents.open_sessions:  # noqa: SLF001
+            if pid.session not in self.shared.store.open_sessions:
                 reason = f"it was sent to {pid}, whose session is closed"
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
@@ -526,7 +527,7 @@ class Trial:
         )
 
     def _look_at_what_is_left(self) -> None:
-        contents = self.shared.store._contents  # noqa: SLF001
+        contents = self.shared.store
         now_ns = self.world.now_ns
         hosted = {
             (node.session, pid.identity): pid
@@ -560,7 +561,7 @@ class Trial:
         What was written later than the store had said stays until somebody wants
         it, and asks whoever opened that session.
         """
-        if session not in self.shared.store._contents.open_sessions:  # noqa: SLF001
+        if session not in self.shared.store.open_sessions:
             return False
         may_be_late = any(episode.how == "late" for episode in self.episodes)
         return not may_be_late or all(
@@ -585,7 +586,7 @@ class Trial:
         for name, node in sorted(self.nodes.items()):
             if not node.has_left:
                 self._left(name, "it was told to stop, and", "")
-        for session in sorted(self.shared.store._contents.open_sessions):  # noqa: SLF001
+        for session in sorted(self.shared.store.open_sessions):
             self._left("store", f"after all have stopped open session {session}", "")
 
     def _stop_now(self, node: PlacementNode) -> None:

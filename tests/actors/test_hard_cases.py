@@ -104,7 +104,7 @@ def add(cluster: SimulatedCluster, name: str, request_id: str) -> int:
 
 
 def row_of(cluster: SimulatedCluster, identity: str) -> Row:
-    return cluster.shared.store._row(Identity.parse(identity))
+    return cluster.shared.store.rows.get(Identity.parse(identity), Row())
 
 
 def entered(cluster: SimulatedCluster, identity: str) -> list[Entered]:
@@ -231,7 +231,8 @@ def test_a_remote_owner_is_answered_with_its_reference_and_nothing_starts_here(
 def test_no_authority_has_no_side_effects(cluster: SimulatedCluster) -> None:
     cluster.resolve("note/1")
     cluster.advance(1)
-    contents = cluster.shared.store._contents
+    store: Any = cluster.shared.store
+    contents = store._contents
     before = (dict(contents.rows), contents.revision, contents.topology)
 
     with pytest.raises(NoAuthority):
@@ -291,7 +292,7 @@ def test_a_topology_change_while_a_claim_waits_answers_or_refuses_the_waiter(
     at_s = cluster.now()
     for waiter in waiters:
         pid = waiter.get()
-        assert pid.session in cluster.shared.store._contents.open_sessions
+        assert pid.session in cluster.shared.store.open_sessions
     assert cluster.now() - at_s < 3 * TTL_S
     assert len({waiter.get() for waiter in waiters}) == 1
     cluster.advance(0.5)
