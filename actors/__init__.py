@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from actors.cluster import Cluster
+    from actors.collector import calm_collector
     from actors.grain import Grain, handler
     from actors.kind import Kind
     from actors.node import PlacementNode
     from placement.errors import Rejected
 
-__all__ = ["Cluster", "Grain", "Kind", "PlacementNode", "Rejected", "handler"]
+__all__ = [
+    "Cluster",
+    "Grain",
+    "Kind",
+    "PlacementNode",
+    "Rejected",
+    "calm_collector",
+    "handler",
+]
 
 _MODULES = {
     "Cluster": "actors.cluster",
@@ -20,6 +29,7 @@ _MODULES = {
     "Kind": "actors.kind",
     "PlacementNode": "actors.node",
     "Rejected": "placement.errors",
+    "calm_collector": "actors.collector",
     "handler": "actors.grain",
 }
 

@@ -25,6 +25,7 @@ from actors.client_command import (
     tell_command,
 )
 from actors.cluster import Cluster, StoreInUse
+from actors.collector import calm_collector
 from actors.engine import Settings
 from actors.exits import FAILED, INTERRUPTED, wrong
 from actors.kind import BadKind, Kind
@@ -39,7 +40,6 @@ from actors.run import (
     Outcome,
     RunningNodes,
     Target,
-    calm_collector,
     check_changes,
     check_kinds,
     kinds_for,

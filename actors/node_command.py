@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from actors.collector import calm_collector
 from actors.engine import Settings
 from actors.engine_url import engine_text
 from actors.exits import FAILED, wrong
@@ -166,6 +167,7 @@ def node_command(
             raise wrong(str(error)) from None
         except OSError as error:
             raise wrong(f"{witness_file}: {error.strerror}") from None
+        calm_collector()
         is_left = False
         try:
             node.events.subscribe(asked.look_at)

@@ -1,6 +1,5 @@
 """`placement run`: deliver every request of an input to its identity, and sum up."""
 
-import gc
 import json
 import threading
 import time
@@ -24,18 +23,6 @@ WINDOW = 400
 #: two switches of threads, where one request for each answer costs two a request.
 _ROOM_AT = 320
 _AGAIN_FOR_S = 60.0
-
-
-def calm_collector() -> None:
-    """Have the garbage collector look seldom: little of a run is ever garbage.
-
-    It would go through all requests and activations again and again, which took
-    two fifths of a run's time. For a program of its own; a library leaves the
-    collector as it finds it.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
 
 
 class BadRun(ValueError):
