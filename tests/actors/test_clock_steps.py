@@ -27,7 +27,7 @@ from tests.actors.node_processes import (
 from tests.actors.system_needs import lacking
 from tests.waiting import eventually
 
-pytestmark = pytest.mark.servers
+pytestmark = [pytest.mark.servers, pytest.mark.long]
 
 HOUR_S = 3_600
 WITHIN_S = 240.0

@@ -21,7 +21,7 @@ from tests.actors.node_processes import (
 from tests.actors.postgres_server import PostgresServer
 from tests.waiting import eventually
 
-pytestmark = pytest.mark.servers
+pytestmark = [pytest.mark.servers, pytest.mark.long]
 
 WIRE = [sys.executable, "-m", "tests.actors.bad_wire"]
 NATS_PORT, POSTGRES_PORT = 4222, 5432

@@ -198,6 +198,7 @@ class Refusals:
 LAST = 1 << 40  # above all that is sent again
 
 
+@pytest.mark.long
 def test_a_hundred_thousand_hostile_frames_harm_no_node_process(
     server: NatsServer, tmp_path: Path
 ) -> None:

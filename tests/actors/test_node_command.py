@@ -476,6 +476,7 @@ def test_a_node_drains_on_sigterm_without_a_failed_request(
     assert place.double_count() == 0
 
 
+@pytest.mark.long
 def test_a_server_killed_and_started_again_on_its_data_is_survived(
     tmp_path: Path, store_kind: str
 ) -> None:
@@ -551,6 +552,7 @@ def test_r2_5_a_process_that_stood_still_handles_nothing_before_it_is_back(
     assert place.double_count() <= 1
 
 
+@pytest.mark.long
 def test_five_processes_start_anew_one_by_one_without_a_failed_request(
     place: Place,
 ) -> None:
@@ -564,6 +566,7 @@ def test_five_processes_start_anew_one_by_one_without_a_failed_request(
     assert place.double_count() == 0
 
 
+@pytest.mark.long
 def test_the_leader_of_three_servers_dies_under_load(tmp_path: Path) -> None:
     requests = requests_in(tmp_path / "requests", 100, 60)
     report = tmp_path / "report"

@@ -1350,6 +1350,7 @@ class Appender:
         return until_done(lambda: method([request]))[0]
 
 
+@pytest.mark.long
 def test_r2_5_no_append_is_lost_while_leaders_die() -> None:
     with nats_cluster() as servers:
         url = new_url(urls_of(servers), replicas=3)

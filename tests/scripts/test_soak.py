@@ -119,6 +119,7 @@ def test_wrong_arguments_end_with_exit_code_2(
     assert "scripts/soak" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.servers
 @pytest.mark.parametrize("store", ["nats", "postgres"])
 def test_r2_5_some_seconds_of_faults_lose_no_count_and_have_no_double(
@@ -142,6 +143,7 @@ def test_r2_5_some_seconds_of_faults_lose_no_count_and_have_no_double(
     assert printed.err == ""
 
 
+@pytest.mark.long
 @pytest.mark.servers
 def test_r2_5_nodes_that_share_no_truth_end_with_exit_code_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
