@@ -136,6 +136,9 @@ class Host(Protocol):
     def seal(self, activation: "Activation") -> None:
         """Call `activation.bounce_all` so that no later mail overtakes those."""
 
+    def take_back(self, activation: "Activation", mail: "Mail") -> bool:
+        """Call `activation.withdraw`, so that `mail` may go elsewhere, in its order."""
+
     def publish(self, happened: Happened) -> None:
         """Tell the subscribers."""
 
@@ -174,6 +177,9 @@ class Activation(Protocol):
 
     def bounce_all(self) -> None:
         """Seal the mailbox and give back what is in it; the node's lock is held."""
+
+    def withdraw(self, mail: Mail) -> bool:
+        """Take `mail` out of a sealed mailbox; false: it is not there any more."""
 
     def is_busy(self) -> bool:
         """Whether it handles something, or something waits for it."""
@@ -345,10 +351,8 @@ class GrainActivation:
         if not self._is_scheduled:
             self._is_scheduled = True
             self._post(self._run)
-        if self._is_sealed:
-            # By another thread just now, which may have given back all before it.
-            self._host.seal(self)
-        return True
+        # By another thread just now, which may have given back all before it.
+        return not self._is_sealed or not self._host.take_back(self, mail)
 
     def stop(self, *, lapsed: bool) -> None:
         """End it; `Host.ended` follows."""
@@ -360,6 +364,14 @@ class GrainActivation:
         while (mail := self._take_mail()) is not None:
             if isinstance(mail, Mail):
                 mail.origin.bounced(mail, self.pid)
+
+    def withdraw(self, mail: Mail) -> bool:
+        """Take `mail` out again, if it still waits; the node's lock is held."""
+        try:
+            self._mailbox.remove(mail)
+        except ValueError:
+            return False
+        return True
 
     def is_busy(self) -> bool:
         """Whether it has a turn under way, or a mail waits for one."""
@@ -599,6 +611,10 @@ class GrainActivation:
                     token = coroutine.send(value)
                 else:
                     token = coroutine.throw(error)
+                if self._state == "ended":  # by another thread, meanwhile
+                    self._turn = None
+                    coroutine.close()
+                    return
             except StopIteration as stop:
                 value, error = stop.value, None
                 break
@@ -768,8 +784,9 @@ class GrainActivation:
         if not self._enter(self._host.now_ns()):
             self._lapse()
             return
-        self._state = "ending"
-        self._end_timers()
+        if not self._ending():
+            self._leave()
+            return
         self._turn = turn = _Turn("passivate")
         result: Any = None
         failure: BaseException | None = None
@@ -780,6 +797,12 @@ class GrainActivation:
         finally:
             self._leave()
         self._returned(turn, result, failure)
+
+    def _ending(self) -> bool:
+        """Begin to end; false: it has ended meanwhile."""
+        self._state = "ending"
+        self._end_timers()
+        return True
 
     def _passivated(self, result: Any, error: BaseException | None) -> None:
         if error is None and not (result is None or isinstance(result, bytes)):
@@ -794,10 +817,8 @@ class GrainActivation:
 
     def _end_without_hook(self) -> None:
         """End; what has been answered leaves as soon as it may."""
-        if self._state != "active":
+        if self._state != "active" or not self._ending():
             return
-        self._state = "ending"
-        self._end_timers()
         self._emit(lambda: self._report(None), lambda _: self._report(None))
 
     def _report(self, snapshot: bytes | None) -> None:
@@ -892,13 +913,7 @@ class GrainActivation:
                     leave()
             case Failed(_, may_have_happened=True) if self._saves_failed < _SAVES_MAX:
                 self._saves_failed += 1
-                host = self._host
-                host.dispatcher.call_at(
-                    host.now_ns() + (_SAVE_AGAIN_NS << self._saves_failed),
-                    host.save,
-                    request,
-                    self._saved,
-                )
+                self._save_again(_SAVE_AGAIN_NS << self._saves_failed, request)
             case Failed(message, may_have_happened):
                 error: PlacementError = (
                     OutcomeUnknown(f"the store failed: {message}")
@@ -913,6 +928,11 @@ class GrainActivation:
                         f"token {self.pid.fencing_token} is older than {current}"
                     )
                 )
+
+    def _save_again(self, after_ns: int, request: Save) -> None:
+        host = self._host
+        due_ns = host.now_ns() + after_ns
+        host.dispatcher.call_at(due_ns, host.save, request, self._saved)
 
     def _lose(self, error: PlacementError) -> None:
         """A save has failed for good: what it holds back never leaves."""

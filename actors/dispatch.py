@@ -46,8 +46,10 @@ class Timer:
         if self.is_cancelled:
             return
         self.is_cancelled = True
-        if self.on_cancel is not None:
-            self.on_cancel()
+        # Read once: whoever finds it due takes this away, on another thread.
+        on_cancel = self.on_cancel
+        if on_cancel is not None:
+            on_cancel()
 
 
 class Dispatcher(Protocol):

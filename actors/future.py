@@ -93,15 +93,11 @@ class Future(pykka.Future[Any]):
 
     def set(self, value: Any = None) -> None:
         """Answer, unless it has been."""
-        lock = self._lock
-        lock.acquire()  # a `with` costs twice as much, and there is one an ask
-        try:
+        with self._lock:
             if self._is_done:
                 return
             self._value, self._is_done = value, True
             callbacks, self._callbacks = self._callbacks, ()
-        finally:
-            lock.release()
         if callbacks:
             self._tell(callbacks)
 

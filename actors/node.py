@@ -309,6 +309,10 @@ class _NodeHost:
         with self._node._outbox.lock:  # noqa: SLF001
             activation.bounce_all()
 
+    def take_back(self, activation: Activation, mail: Mail) -> bool:
+        with self._node._outbox.lock:  # noqa: SLF001
+            return activation.withdraw(mail)
+
 
 class PlacementNode(Verbs):
     """One node: `start_member` hosts and resolves, `start_client` only resolves.

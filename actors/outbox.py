@@ -131,7 +131,7 @@ class Outbox:
         with self.lock:
             now_ns = self._now_ns()
             self._perform(self._deliveries.adopt(table, gone, now_ns=now_ns))
-            if not self._deliveries.is_ready:
+            if not self._deliveries.is_ready or not self._is_member(table, gone):
                 self._nothing_is_straight()
             ended = [
                 each
@@ -171,9 +171,9 @@ class Outbox:
             identity,
             future,
         )
-        lock = self.lock
-        lock.acquire()  # a `with` costs twice as much
-        try:
+        # By `with`, though it costs twice as much: Ctrl-C may come after `acquire` and
+        # before a `try`, and would leave the lock held.
+        with self.lock:
             if is_ask:
                 self._asked[number] = mail
                 if not self._deadlines or deadline_ns < self._deadlines[0][0]:
@@ -187,8 +187,6 @@ class Outbox:
                 if found.activation.deliver(mail):
                     return number
             self._go(mail, identity, deadline_ns, now_ns)
-        finally:
-            lock.release()
         return number
 
     def tell(self, identity: Identity, payload: Any, request_id: str) -> int:
@@ -232,6 +230,13 @@ class Outbox:
         found = self._find(identity)
         if found is not None:
             found.is_straight = False
+
+    def _is_member(self, table: PartitionTable, gone: frozenset[SessionId]) -> bool:
+        """Whether what this node hosts is still bound to a session that is open."""
+        members = table.topology.members
+        return any(address_of(each.session) == self._own for each in members) and not (
+            any(address_of(session) == self._own for session in gone)
+        )
 
     def _nothing_is_straight(self) -> None:
         for each in self._registry.all():

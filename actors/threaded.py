@@ -139,6 +139,8 @@ class ThreadedActivation(GrainActivation):
         self._is_inside = False
         self._is_abandoned = False
         self._owed: Refusal | None = None
+        self._thread_id = 0
+        self._suspended: Any = None
         as_host: Any = _ThreadedHost(host, self._inbox)
         super().__init__(
             pid,
@@ -213,6 +215,7 @@ class ThreadedActivation(GrainActivation):
 
     def _live(self) -> None:
         """The life of the thread: make the actor, let it run, tell that it ended."""
+        self._thread_id = threading.get_ident()
         try:
             if not self._create():
                 return
@@ -258,15 +261,24 @@ class ThreadedActivation(GrainActivation):
             raise TypeError(
                 f"{type(actor).__name__}.__init__ does not call super().__init__()"
             )
-        receive, on_start, on_stop = (
+        receive, on_start, on_stop, on_failure = (
             actor._handle_receive,  # noqa: SLF001
             actor.on_start,
             actor.on_stop,
+            actor.on_failure,
         )
 
         def handle_receive(message: Any) -> Any:
+            if isinstance(message, pykka.messages._ActorStop):  # noqa: SLF001
+                return receive(message)
             if not isinstance(message, _Turn):
-                return _tamed(receive, message)
+                # Told or asked past its node: it is user code all the same.
+                if not self._enter(self._host.now_ns()):
+                    raise pykka.ActorDeadError(f"{self.pid} is no owner any more")
+                try:
+                    return _tamed(receive, message)
+                finally:
+                    self._leave()
             try:
                 message.turn(*message.arguments)
             except BaseException:  # a bug, by which no other turn may suffer
@@ -290,9 +302,17 @@ class ThreadedActivation(GrainActivation):
                 finally:
                     self._leave()
 
+        def failure(*what: Any) -> None:
+            if self._enter(self._host.now_ns()):
+                try:
+                    _tamed(on_failure, *what)
+                finally:
+                    self._leave()
+
         actor.context = self.context
         actor.on_start = start
         actor.on_stop = stop
+        actor.on_failure = failure
         actor._handle_receive = handle_receive  # noqa: SLF001
         for hook in ("on_activate", "on_passivate"):
             if not hasattr(actor, hook):
@@ -341,6 +361,12 @@ class ThreadedActivation(GrainActivation):
         with self._lock:
             super()._saved(request, outcome)
 
+    def _save_again(self, after_ns: int, request: Save) -> None:
+        # Its own thread may be waiting for what this save holds back.
+        host = self._grains_host
+        due_ns = host.now_ns() + after_ns
+        host.dispatcher.call_at(due_ns, host.save, request, self._saved)
+
     def _take_mail(self) -> Any:
         # Its own thread takes to handle, whoever seals it to give back.
         with self._taking:
@@ -351,7 +377,30 @@ class ThreadedActivation(GrainActivation):
         with self._taking:
             super()._put_back(mail)
 
+    def withdraw(self, mail: Mail) -> bool:
+        """As that of a Grain."""
+        with self._taking:
+            return super().withdraw(mail)
+
     # --- ending ---
+
+    def _go_on(self) -> None:
+        # Its last hook never runs here, where the caller may hold the lock.
+        if self._is_passivating:
+            self._post(self._passivate)
+        else:
+            super()._go_on()
+
+    def _passivate(self) -> None:
+        if self._has_thread and threading.get_ident() != self._thread_id:
+            # It was not known yet that there would be a thread.
+            self._post(self._passivate)
+        else:
+            super()._passivate()
+
+    def _ending(self) -> bool:
+        with self._lock:
+            return self._state != "ended" and super()._ending()
 
     def _activated(self, error: BaseException | None) -> None:
         with self._lock:
@@ -362,25 +411,45 @@ class ThreadedActivation(GrainActivation):
         with self._lock:
             if self._state == "ended":
                 return
-            if not self._is_inside:
+            turn = self._turn
+            is_suspended = turn is not None and turn.coroutine is not None
+            if not self._is_inside and not (self._has_thread and is_suspended):
                 super()._end_now(why, refusal)
                 return
-            # Its thread is inside user code, where nothing can stop it: only
-            # when it has left is the activation over.
+            # Its thread is inside user code, where nothing can stop it, or has to run
+            # what a coroutine does in the end: only then is the activation over.
             self.guard.shut()
             self._state = "ended"
             self._end_timers()
             self._owed = refusal
-            turn = self._turn
             if turn is not None and turn.mail is not None:
                 turn.mail.origin.failed(turn.mail, why)
+                turn.mail = None
             self._gate.fail(why)
             self._host.seal(self)
+            if not self._is_inside:
+                self._turn, self._suspended = None, turn
+                self._post(self._close_suspended)
             self._over()
+
+    def _close(self, turn: Any) -> None:
+        if turn.coroutine is not None:
+            with self._lock:
+                self._is_inside = True
+            super()._close(turn)
+
+    def _close_suspended(self) -> None:
+        """Let a coroutine end on its own thread; then the end is told."""
+        turn, self._suspended = self._suspended, None
+        if turn is not None:
+            self._close(turn)
 
     def _finish(self, turn: Any, result: Any, error: BaseException | None) -> None:
         if self._state == "ended":
             self._turn = None
+            if turn.mail is not None:
+                # It ended when the turn had begun, and was not known yet.
+                turn.mail.origin.failed(turn.mail, self._unknown())
             return
         super()._finish(turn, result, error)
 
@@ -400,22 +469,28 @@ class ThreadedActivation(GrainActivation):
 
     def _actor_stopped(self) -> None:
         """The actor has stopped, perhaps by its own will or failure."""
+        turn: Any = None
         with self._lock:
-            if self._state == "ended" or self._is_abandoned:
-                return
-            if self._state == "starting":
-                self._activated(
-                    self._why_stopped or ActorEnded("it stopped before it served")
-                )
-                return
-            turn, self._turn = self._turn, None
-            if turn is not None:
-                self._close(turn)
-                if turn.mail is not None:
-                    turn.mail.origin.failed(
-                        turn.mail,
-                        OutcomeUnknown(f"{self.pid.identity}: its actor has stopped"),
+            is_over = self._state == "ended" or self._is_abandoned
+            if not is_over:
+                if self._state == "starting":
+                    self._activated(
+                        self._why_stopped or ActorEnded("it stopped before it served")
                     )
+                    return
+                turn, self._turn = self._turn, None
+        # What was posted to close it may have found no actor any more.
+        self._close_suspended()
+        if is_over:
+            return
+        if turn is not None:
+            self._close(turn)
+            if turn.mail is not None:
+                turn.mail.origin.failed(
+                    turn.mail,
+                    OutcomeUnknown(f"{self.pid.identity}: its actor has stopped"),
+                )
+        with self._lock:
             super()._report(self._last_snapshot)
 
 

@@ -76,7 +76,8 @@ class VirtualActorRegistry(Generic[T]):
 
     def all(self) -> tuple[Registered[T], ...]:
         """All activations, sorted by identity."""
-        return tuple(each for _, each in sorted(self._registered.items()))
+        # Copied in one step: others may ask while its thread adds.
+        return tuple(each for _, each in sorted(self._registered.copy().items()))
 
     def idle(self, now_ns: int) -> tuple[Pid, ...]:
         """Those not used for their `idle_after_ns`.

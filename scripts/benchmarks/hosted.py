@@ -22,7 +22,7 @@ from random import Random
 from typing import Any
 
 from actors import Grain, Kind, PlacementNode
-from actors.activation import Activation, GrainActivation, HandledWitness
+from actors.activation import Activation, GrainActivation, HandledWitness, Mail
 from actors.clock import SystemClock
 from actors.dispatch import Dispatcher, Timer, Turn
 from actors.engine import EmbeddedEngine
@@ -217,6 +217,11 @@ class ChurnHost:
         """As a node does."""
         with self.lock:
             activation.bounce_all()
+
+    def take_back(self, activation: Activation, mail: Mail) -> bool:
+        """As a node does."""
+        with self.lock:
+            return activation.withdraw(mail)
 
     def publish(self, happened: Happened) -> None:
         """Nobody listens."""

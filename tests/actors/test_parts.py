@@ -9,7 +9,6 @@ from typing import Any, cast
 import pykka
 import pytest
 
-from actors.activation import Mail
 from actors.clock import SystemClock
 from actors.dispatch import SWEEP_MIN, Alarm, DispatchedActor, ThreadDispatcher
 from actors.engine import EmbeddedEngine
@@ -819,43 +818,6 @@ def test_an_ask_that_did_not_leave_is_not_lost_with_the_session_it_was_for() -> 
     with pytest.raises(NotReady, match="the end"):
         future.get(timeout=0)
     assert dispatcher.stop(5)
-
-
-class SealedMeanwhile(list[Any]):
-    """A mailbox that another thread seals when something is put into it."""
-
-    activation: Any
-
-    def append(self, mail: Any) -> None:
-        self.activation.bounce_all()
-        super().append(mail)
-
-
-def test_a_mail_into_a_mailbox_that_is_just_being_sealed_comes_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with PlacementNode("n", kinds={"echo": Echo}) as node:
-        node.start_member()
-        ref = node.ref("echo/1")
-        ref.ask("what is held at first")
-        ref.ask("what finds it")
-        registered = node._registry.find(Identity("echo", "1"))
-        assert registered is not None
-        activation: Any = registered.activation
-        assert registered.is_straight
-        mailbox = SealedMeanwhile()
-        mailbox.activation, activation._mailbox = activation, mailbox
-        came_back: list[Any] = []
-        outbox = node._outbox
-
-        with monkeypatch.context() as patched:
-            note = lambda mail, pid: came_back.append((mail.payload, pid))  # noqa: E731
-            patched.setattr(outbox, "bounced", note)
-            ref.tell("late")
-
-        assert came_back == [("late", registered.pid)]
-        assert not mailbox
-        assert not activation.deliver(Mail("later", "", (), 0, False, outbox))
 
 
 def test_what_is_held_keeps_what_follows_from_going_straight() -> None:

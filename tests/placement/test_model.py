@@ -267,7 +267,8 @@ class Node:
             case NeedTopology(epoch):
                 self.do(self.own.hint(epoch))
             case RedirectTo(to, identity, epoch, owner):
-                if to.address == me and owner != self.session:
+                # To a session of its own that is over: whoever asks waits, and asks again.
+                if to.address == me and address_of(owner) != me:
                     self.ask(identity, address_of(owner), epoch)
             case AnswerPid(to, pid):
                 self.send(to.address, lambda n: n.answers.append(pid))
