@@ -267,7 +267,7 @@ class Node:
             case NeedTopology(epoch):
                 self.do(self.own.hint(epoch))
             case RedirectTo(to, identity, epoch, owner):
-                # To a session of its own that is over: whoever asks waits, and asks again.
+                # To a session of its own that is over: senders wait, and ask again.
                 if to.address == me and address_of(owner) != me:
                     self.ask(identity, address_of(owner), epoch)
             case AnswerPid(to, pid):
