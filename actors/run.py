@@ -16,7 +16,7 @@ from actors.requests import Request, Requests
 from actors.tally import DurableTally, Tally
 from actors.witness import ActivationWitness
 from placement.entry import Pid
-from placement.errors import OutcomeUnknown, PlacementError
+from placement.errors import OutcomeUnknown, PlacementError, SaveFailed
 
 WINDOW = 400
 #: Once the window is full, sending goes on when it is this empty: a burst costs
@@ -165,7 +165,8 @@ class Delivery:
     """Sends requests in order for each identity, a window of them at once.
 
     What ended without a known outcome is asked again under its id where the
-    kind counts an id once; what follows for that identity waits meanwhile.
+    kind counts an id once; what follows for that identity waits meanwhile. So is
+    what a target of many machines could not save: the next owner may reach the store.
     """
 
     def __init__(
@@ -177,6 +178,9 @@ class Delivery:
         progress: Callable[[int, int], None] = lambda _done, _failed: None,
     ) -> None:
         self._cluster = cluster
+        self._unknown: tuple[type[PlacementError], ...] = (OutcomeUnknown,)
+        if isinstance(cluster, RunningNodes):
+            self._unknown = (OutcomeUnknown, SaveFailed)
         self._requests = requests
         self._repeatable = repeatable
         self._progress = progress
@@ -259,7 +263,7 @@ class Delivery:
     def _arrived(self, request: Request, until: float, future: Any) -> None:
         try:
             answer = future.get(timeout=0)
-        except OutcomeUnknown as error:
+        except self._unknown as error:
             now = time.monotonic()
             is_wanted = now < until and not self._stop.is_set()
             if is_wanted and self._repeatable(request.identity.kind):
