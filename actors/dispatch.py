@@ -68,64 +68,37 @@ class Dispatcher(Protocol):
         """Whether the caller is a turn of this dispatcher."""
 
 
-class ThreadDispatcher:
-    """A dispatcher with a thread of its own.
+class TimedDispatcher:
+    """What dispatchers by a real clock share: turns, timers, and how a turn is taken.
 
     A turn that raises is a bug: it is logged, counted, and told to `on_bug`; the
     others go on. `busy_since_ns` is when the turn under way was begun, 0 between
     turns: whoever reads it on another thread sees a turn that does not come back.
-
-    It waits on a lock, not in `SimpleQueue.get(timeout=...)`, which in CPython
-    3.11 and 3.12 waits for ever where its time is over before it has begun to
-    wait: now and then so with a timer that is due in a microsecond.
     """
 
     def __init__(
-        self,
-        name: str,
-        clock: Clock,
-        *,
-        on_bug: Callable[[BaseException], None] | None = None,
+        self, clock: Clock, on_bug: Callable[[BaseException], None] | None
     ) -> None:
         self.busy_since_ns = 0
         self.bug_count = 0
         self.now_ns = clock.now_ns
         self._on_bug = on_bug
         self._turns: deque[tuple[Turn, tuple[Any, ...]]] = deque()
-        self._is_asleep = False
-        self._bell = threading.Lock()
-        self._bell.acquire()
         self._timers: list[tuple[int, int, Timer]] = []
         self._timer_number = itertools.count()
         self._cancelled_count = 0
         self._cancelled_lock = threading.Lock()
         self._is_ending = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
 
     def post(self, turn: Turn, /, *arguments: Any) -> None:
         """Run `turn` soon; from any thread."""
-        self._turns.append((turn, arguments))
-        if self._is_asleep:
-            self._wake()
+        raise NotImplementedError
 
     def call_at(self, when_ns: int, turn: Turn, /, *arguments: Any) -> Timer:
         """Run `turn` once it is `when_ns`; from any thread."""
         timer = Timer(turn, arguments, self._timer_cancelled)
         self.post(self._add_timer, when_ns, timer)
         return timer
-
-    def is_current(self) -> bool:
-        """Whether the caller is a turn of this dispatcher."""
-        return threading.current_thread() is self._thread
-
-    def stop(self, timeout_s: float) -> bool:
-        """Run what has been posted, then end; false: it is still busy."""
-        self.post(self._end)
-        if self.is_current():
-            return True
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
 
     def kill(self) -> None:
         """End after the turn under way, as a crash would: run nothing else."""
@@ -170,6 +143,59 @@ class ThreadDispatcher:
         else:
             self._take(timer.turn, timer.arguments)
 
+    def _take(self, turn: Turn, arguments: tuple[Any, ...]) -> None:
+        self.busy_since_ns = self.now_ns()
+        try:
+            turn(*arguments)
+        except BaseException as error:  # a bug; one turn must not end the others
+            self.bug_count += 1
+            log.exception("a turn raised")
+            if self._on_bug is not None:
+                self._on_bug(error)
+        finally:
+            self.busy_since_ns = 0
+
+
+class ThreadDispatcher(TimedDispatcher):
+    """A dispatcher with a thread of its own.
+
+    It waits on a lock, not in `SimpleQueue.get(timeout=...)`, which in CPython
+    3.11 and 3.12 waits for ever where its time is over before it has begun to
+    wait: now and then so with a timer that is due in a microsecond.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        clock: Clock,
+        *,
+        on_bug: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        super().__init__(clock, on_bug)
+        self._is_asleep = False
+        self._bell = threading.Lock()
+        self._bell.acquire()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def post(self, turn: Turn, /, *arguments: Any) -> None:
+        """Run `turn` soon; from any thread."""
+        self._turns.append((turn, arguments))
+        if self._is_asleep:
+            self._wake()
+
+    def is_current(self) -> bool:
+        """Whether the caller is a turn of this dispatcher."""
+        return threading.current_thread() is self._thread
+
+    def stop(self, timeout_s: float) -> bool:
+        """Run what has been posted, then end; false: it is still busy."""
+        self.post(self._end)
+        if self.is_current():
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
     def _run(self) -> None:
         turns, now_ns = self._turns, self.now_ns
         while not self._is_ending:
@@ -202,18 +228,6 @@ class ThreadDispatcher:
             self._bell.release()
         except RuntimeError:
             pass
-
-    def _take(self, turn: Turn, arguments: tuple[Any, ...]) -> None:
-        self.busy_since_ns = self.now_ns()
-        try:
-            turn(*arguments)
-        except BaseException as error:  # a bug; one turn must not end the others
-            self.bug_count += 1
-            log.exception("a turn raised")
-            if self._on_bug is not None:
-                self._on_bug(error)
-        finally:
-            self.busy_since_ns = 0
 
 
 class _Inbox:

@@ -96,6 +96,13 @@ class GrainDispatcher(Dispatcher, Protocol):
         """End after the turn under way, and run nothing else."""
 
 
+class SystemDispatcher(Dispatcher, Protocol):
+    """A dispatcher of coordinators and placement actors, which ends with its engine."""
+
+    def stop(self, timeout_s: float) -> bool:
+        """Run what has been posted, then end; false: it is still busy."""
+
+
 class Condition(Protocol):
     """Facts that change, and whoever waits for one; as `threading.Condition`."""
 
@@ -168,13 +175,18 @@ class ThreadEngine:
         *,
         partitions: int,
         clock: Clock | None = None,
+        make_system: Callable[[Clock], SystemDispatcher] | None = None,
     ) -> None:
         self.clock: Clock = clock or SystemClock()
         self.store = store
         self.start_reader: StartReader = start_thread_reader
         self.random = Random(secrets.randbits(64))  # noqa: S311
         self._table = PartitionTable.build(Topology(), partitions)
-        self._system = ThreadDispatcher("placement-system", self.clock)
+        self._system: SystemDispatcher = (
+            ThreadDispatcher("placement-system", self.clock)
+            if make_system is None
+            else make_system(self.clock)
+        )
         self.system: Dispatcher = self._system
         self.transport = make_transport(self._system)
         self._lanes = (

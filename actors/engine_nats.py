@@ -12,6 +12,7 @@ import msgspec
 
 from actors.engine import Settings, ThreadEngine
 from actors.engine_url import BadEngine
+from actors.loop_dispatch import LoopDispatcher
 from actors.nats_bucket import (
     NO_PEERS,
     NO_REPLICAS,
@@ -38,9 +39,10 @@ from messages.pack import pack
 from placement.contracts import Store
 
 if TYPE_CHECKING:
-    from nats.aio.client import Client
     from nats.js import JetStreamContext
     from nats.js.kv import KeyValue
+
+    from actors.nats_client import NatsClient
 
 BUCKET = "placement_clusters"
 _AGREE_S, _ANSWER_S, _PAUSE_S = 20.0, 2.0, 0.1
@@ -134,6 +136,7 @@ class NatsEngine(ThreadEngine):
                 opened,
                 partial(NatsTransport, connection, settings.cluster),
                 partitions=settings.partitions,
+                make_system=partial(LoopDispatcher, connection),
             )
         except BaseException:
             if opened is not None:
@@ -148,7 +151,7 @@ class NatsEngine(ThreadEngine):
         def left_s() -> float:
             return max(0.0, until_s - time.monotonic())
 
-        if self.connection.is_connected:
+        if self.connection.is_connected and not self.connection.is_current():
             with suppress(NatsFailure):
                 self.connection.flush(timeout_s=min(1.0, left_s()))
         super().close(timeout_s=left_s())
@@ -203,7 +206,7 @@ def agree(
 
 
 async def _agree(
-    client: "Client",
+    client: "NatsClient",
     *,
     url: NatsUrl,
     ours: ClusterRecord,

@@ -22,14 +22,14 @@ import msgspec
 from actors.store_memory import BadStore
 
 if TYPE_CHECKING:
-    from nats.aio.client import Client
-    from nats.aio.msg import Msg
+    from actors.nats_client import NatsClient
 
 #: Written into the bucket that is created; another form is refused.
 FORM = "1"
 _FORM_KEY = "placement_store_form"
 
-_EXPECTED = "Nats-Expected-Last-Subject-Sequence"
+_EXPECTED = "NATS/1.0\r\nNats-Expected-Last-Subject-Sequence: %d\r\n\r\n"
+_NOBODY = b"NATS/1.0 503"
 _WRONG_REVISION = (10071, 10164)
 _NO_MESSAGE = 10037
 _NO_STREAM = 10059
@@ -38,8 +38,8 @@ OFF = (10035, 10039, 10076)  # no JetStream: for the account, or at all
 NO_PEERS = 10005  # fewer servers than replicas, of those that are seen just now
 NO_REPLICAS = 10074  # more than one: this server is in no cluster
 _UNAVAILABLE, _TOO_MANY = 503, 429
-_ANSWERS_MAX = 1 << 20
-_ANSWER_BYTES_MAX = 1 << 30
+#: What the client may hold until it is written; what comes then waits for that.
+_HELD_BYTES_MAX = 1 << 20
 REPLICAS_IN_A_CLUSTER = 3
 
 _REFUSED = re.compile(
@@ -115,7 +115,7 @@ class Bucket:
     `where` names the server in errors.
     """
 
-    def __init__(self, client: "Client", name: str, *, where: str) -> None:
+    def __init__(self, client: "NatsClient", name: str, *, where: str) -> None:
         self.client = client
         self.read_count = 0
         self._name, self._stream = name, f"KV_{name}"
@@ -124,7 +124,7 @@ class Bucket:
         self._inbox = client.new_inbox()
         self._number = 0
         self._deaf = ""
-        self._waiting: dict[str, tuple[asyncio.Future[Msg], str]] = {}
+        self._waiting: dict[str, tuple[asyncio.Future[bytes], str]] = {}
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -134,12 +134,9 @@ class Bucket:
 
     async def listen(self) -> None:
         """Receive answers from now on."""
-        await self.client.subscribe(
-            f"{self._inbox}.*",
-            cb=self._answered,
-            pending_msgs_limit=_ANSWERS_MAX,
-            pending_bytes_limit=_ANSWER_BYTES_MAX,
-        )
+        from actors.nats_client import at_once  # noqa: PLC0415  few have nats-py
+
+        await self.client.subscribe(f"{self._inbox}.*", cb=at_once(self._answered))
 
     # --- records ---
 
@@ -149,9 +146,10 @@ class Bucket:
         Raises:
             BucketError: it was not written, or that is not known.
         """
-        subject, headers = f"{self._prefix}{key}", {_EXPECTED: str(expected)}
+        headers = (_EXPECTED % expected).encode()
+        subject = f"{self._prefix}{key}"
         answer = await self._ask(subject, data, headers=headers, until=until)
-        ack = self._read(_read_ack, answer.data)
+        ack = self._read(_read_ack, answer)
         if ack.error is None:
             return ack.seq
         error = ack.error
@@ -280,8 +278,7 @@ class Bucket:
 
     async def _api(self, verb: str, wanted: dict[str, Any], until: float) -> bytes:
         subject = f"$JS.API.STREAM.{verb}.{self._stream}"
-        answer = await self._ask(subject, json.dumps(wanted).encode(), until=until)
-        return answer.data
+        return await self._ask(subject, json.dumps(wanted).encode(), until=until)
 
     def _read(self, decoder: "msgspec.json.Decoder[_Answer]", data: bytes) -> _Answer:
         try:
@@ -294,9 +291,9 @@ class Bucket:
         subject: str,
         data: bytes,
         *,
-        headers: dict[str, str] | None = None,
+        headers: bytes = b"",
         until: float,
-    ) -> "Msg":
+    ) -> bytes:
         client, loop = self.client, self._loop
         if self._deaf:
             raise NotPermitted(self._deaf)
@@ -309,12 +306,14 @@ class Bucket:
             )
         self._number += 1
         reply = f"{self._inbox}.{self._number}"
-        future: asyncio.Future[Msg] = loop.create_future()
+        future: asyncio.Future[bytes] = loop.create_future()
         self._waiting[reply] = (future, subject)
         timer = loop.call_at(until, self._expire, future)
         try:
-            await client.publish(subject, data, reply=reply, headers=headers)
-            answer = await future
+            if client.pending_data_size > _HELD_BYTES_MAX:
+                await client.flush(timeout=max(1, round(until - loop.time())))
+            client.say(subject, data, reply=reply, headers=headers)
+            return await future
         except (BucketError, asyncio.CancelledError):
             raise
         except Exception as error:
@@ -322,21 +321,22 @@ class Bucket:
         finally:
             timer.cancel()
             del self._waiting[reply]
-        if not answer.data and (answer.headers or {}).get("Status") == "503":
-            raise self._nobody(subject)
-        return answer
 
     def _nobody(self, subject: str) -> BucketError:
         if not self.client._server_info.get("jetstream"):  # noqa: SLF001
             return JetStreamOff(f"{self._where}: JetStream is off")
         return NotNow(f"{self._where}: nobody serves {subject} now")
 
-    async def _answered(self, message: "Msg") -> None:
-        future, _ = self._waiting.get(message.subject, (None, ""))
-        if future is not None and not future.done():
-            future.set_result(message)
+    def _answered(self, inbox: str, data: bytes, headers: bytes) -> None:
+        future, subject = self._waiting.get(inbox, (None, ""))
+        if future is None or future.done():
+            return
+        if not data and headers.startswith(_NOBODY):
+            future.set_exception(self._nobody(subject))
+        else:
+            future.set_result(data)
 
-    def _expire(self, future: "asyncio.Future[Msg]") -> None:
+    def _expire(self, future: "asyncio.Future[bytes]") -> None:
         if not future.done():
             future.set_exception(NoAnswer(f"{self._where}: no answer in time"))
 
@@ -358,7 +358,7 @@ class Bucket:
             self._fail(why, of_it)
 
     def _fail(
-        self, why: str, waiting: "Iterable[tuple[asyncio.Future[Msg], str]]"
+        self, why: str, waiting: "Iterable[tuple[asyncio.Future[bytes], str]]"
     ) -> None:
         for future, _ in tuple(waiting):
             if not future.done():

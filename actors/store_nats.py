@@ -89,7 +89,7 @@ from placement.contracts import (
 from placement.topology import Member, SessionId, Topology
 
 if TYPE_CHECKING:
-    from nats.aio.client import Client
+    from actors.nats_client import NatsClient
 
 OPTIONS = ("cluster", "replicas", "timeout_ms")
 
@@ -362,7 +362,7 @@ class NatsStore:
     def _call(self, work: Callable[[Bucket], Awaitable[_Result]]) -> _Result:
         """Do `work` on the connection's thread, with the bucket of its client."""
 
-        async def on_client(client: "Client") -> _Result:
+        async def on_client(client: "NatsClient") -> _Result:
             bucket = self._bucket
             if bucket is None or bucket.client is not client:
                 bucket = Bucket(client, self._place.bucket, where=self._where)

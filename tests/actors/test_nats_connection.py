@@ -32,7 +32,7 @@ from tests.waiting import eventually
 pytestmark = pytest.mark.servers
 
 if TYPE_CHECKING:
-    from nats.aio.client import Client
+    from actors.nats_client import NatsClient
 
 SECRET = "s3cr3t-word"
 LOGINS = f"""
@@ -158,7 +158,7 @@ def test_one_wake_up_hands_over_many_frames(server: NatsServer) -> None:
 
     with connected(server.url, pack=pack) as connection:
         hold = threading.Event()
-        connection._soon(lambda: hold.wait(60))
+        connection.soon(lambda: hold.wait(60))
         for _ in range(500):
             assert connection.publish("many", b"x")
         hold.set()
@@ -171,7 +171,7 @@ def test_a_full_outbound_buffer_is_a_failure_that_is_seen(server: NatsServer) ->
         events: list[ConnectionEvent] = []
         connection.listen(events.append)
         hold = threading.Event()
-        connection._soon(lambda: hold.wait(60))
+        connection.soon(lambda: hold.wait(60))
         outcomes = [connection.publish("full", b"x" * 100) for _ in range(20)]
         hold.set()
         connection.flush()
@@ -230,7 +230,7 @@ def test_it_heals_by_itself_and_repeats_nothing(server: NatsServer) -> None:
         assert connection.publish("heal", b"before")
         eventually(lambda: got == [b"before"])
 
-        async def forever(_: "Client") -> None:
+        async def forever(_: "NatsClient") -> None:
             await asyncio.sleep(60)
 
         waiting = connection.submit(forever, timeout_s=60)
@@ -262,13 +262,13 @@ def test_it_is_connected_again_when_the_server_has_its_subscriptions(
         connection.listen(lambda event: done.append(event.name))
         flush = connection_module._flush
 
-        async def flushed(client: "Client", timeout_s: float) -> None:
+        async def flushed(client: "NatsClient", timeout_s: float) -> None:
             subjects = [each.subject for each in client._subs.values()]
             await flush(client, timeout_s)
             done.append(f"the server has {', '.join(subjects)}")
 
         monkeypatch.setattr(connection_module, "_flush", flushed)
-        connection._soon(lambda: connection._lose(connection.client))
+        connection.soon(lambda: connection._lose(connection.client))
         eventually(lambda: "Reconnected" in done)
     assert done == ["Disconnected", "the server has there", "Reconnected"]
 
@@ -281,10 +281,10 @@ def test_frames_go_out_again_though_the_last_ones_were_lost_before_they_could(
         connection.subscribe("again", lambda _, data: got.append(data))
         client = connection.client
         hold = threading.Event()
-        connection._soon(lambda: hold.wait(60))
+        connection.soon(lambda: hold.wait(60))
         # What publishes it is ended before its first step.
         assert connection.publish("again", b"lost")
-        connection._soon(lambda: connection._lose(client))
+        connection.soon(lambda: connection._lose(client))
         hold.set()
         eventually(lambda: connection.counts["Reconnected"] == 1)
 
@@ -296,15 +296,15 @@ def test_frames_go_out_again_though_the_last_ones_were_lost_before_they_could(
 def test_work_that_is_lost_before_its_first_step_surely_did_not_happen(
     server: NatsServer,
 ) -> None:
-    async def work(_: "Client") -> None:
+    async def work(_: "NatsClient") -> None:
         raise AssertionError("it began")
 
     with connected(server.url) as connection:
         client = connection.client
         hold = threading.Event()
-        connection._soon(lambda: hold.wait(60))
+        connection.soon(lambda: hold.wait(60))
         done = connection.submit(work, timeout_s=60)
-        connection._soon(lambda: connection._lose(client))
+        connection.soon(lambda: connection._lose(client))
         hold.set()
         with pytest.raises(NatsLost, match="there is no connection") as lost:
             done.result(30)

@@ -1,0 +1,139 @@
+"""nats-py's client, with what it says and hears on its way at once.
+
+nats-py has a queue and a task for each subscription, and another for what is to be
+written: each is one more round of the event loop in the way of every message. Here
+what `say` is given is written together, at once where the socket has room, and a
+callback made by `at_once` is called while messages are read. Where nothing is so
+large that one would have to wait; all else is nats-py's own.
+
+Imported by who connects: nats-py is an extra.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import nats.aio.client
+from nats.aio.msg import Msg
+
+from actors.log import log
+from actors.nats_failure import NatsRefused
+from actors.nats_url import NatsUrl
+
+Hear: TypeAlias = Callable[[str, bytes, bytes], None]
+"""Called with the subject of a message, its data, and its headers as they came."""
+
+
+def at_once(hear: Hear) -> Any:
+    """A callback for `subscribe` that is called while messages are read.
+
+    It returns at once. Nothing waits for it that could be dropped: what it is too slow
+    for waits in the sockets.
+    """
+
+    async def received(_: Msg) -> None:
+        raise AssertionError("nats-py handles messages in another way than it did")
+
+    received.hear = hear  # type: ignore[attr-defined]
+    return received
+
+
+class NatsClient(nats.aio.client.Client):
+    """A client of one connection, which it never makes anew.
+
+    It never says a secret without TLS where the URL says TLS.
+    """
+
+    def __init__(self, url: NatsUrl) -> None:
+        super().__init__()
+        self._url = url
+        self._is_to_write = False
+
+    # --- out ---
+
+    def say(
+        self, subject: str, data: bytes, *, reply: str = "", headers: bytes = b""
+    ) -> None:
+        """Publish, with all that is said in this round of the loop.
+
+        For what is surely short: look at `pending_data_size` and `max_payload` before.
+        `headers` are as on the wire, `subject` and `reply` are not checked.
+        """
+        size = len(headers) + len(data)
+        if headers:
+            line = f"HPUB {subject} {reply} {len(headers)} {size}\r\n"
+        else:
+            line = f"PUB {subject} {reply} {size}\r\n"
+        command = b"".join((line.encode(), headers, data, b"\r\n"))
+        self._pending.append(command)
+        self._pending_data_size += len(command)
+        self.stats["out_msgs"] += 1
+        self.stats["out_bytes"] += size
+        if not self._is_to_write:
+            self._is_to_write = True
+            asyncio.get_running_loop().call_soon(self.write)
+
+    def write(self) -> None:
+        """Write what has been said; where the socket has no room the flusher does."""
+        self._is_to_write = False
+        held, queue, wire = self._pending, self._flush_queue, self._transport
+        if not held or queue is None or wire is None:
+            return
+        writer = getattr(wire, "_io_writer", None)
+        if writer is not None and not writer.transport.get_write_buffer_size():
+            self._pending, self._pending_data_size = [], 0
+            wire.writelines(held)
+        elif queue.empty():
+            queue.put_nowait(asyncio.get_running_loop().create_future())
+
+    # --- in ---
+
+    async def _process_msg(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
+    ) -> None:
+        hear = getattr(getattr(self._subs.get(sid), "_cb", None), "hear", None)
+        if hear is None:
+            await super()._process_msg(sid, subject, reply, data, headers)
+            return
+        self.stats["in_msgs"] += 1
+        self.stats["in_bytes"] += len(data)
+        try:
+            hear(subject.decode(), data, headers or b"")
+        except Exception:  # one message must not end the reading of all others
+            log.exception("who hears a message of NATS raised")
+
+    # --- being let in ---
+
+    async def _process_info(
+        self,
+        info: dict[str, Any],
+        initial_connection: bool = False,  # noqa: FBT001, FBT002  nats-py's own
+    ) -> None:
+        # Before a word about who we are: nats-py goes on in plain text.
+        if self._url.tls and initial_connection and not info.get("tls_required"):
+            raise NatsRefused(
+                f"NATS {self._url}: the server does not ask for TLS, the URL does",
+                may_have_happened=False,
+            )
+        await super()._process_info(info, initial_connection)
+
+    async def _process_connect_init(self) -> None:
+        # A server that refuses a CONNECT says why and closes: a PING that comes after
+        # that is answered with a reset, and the reason is never read. So both go out
+        # in one write.
+        wire: Any = self._transport
+        write, held = wire.write, b""
+
+        def write_together(data: bytes) -> None:
+            nonlocal held
+            if data.startswith(b"CONNECT "):
+                held = data
+            else:
+                write(held + data)
+                held = b""
+
+        wire.write = write_together
+        try:
+            await super()._process_connect_init()
+        finally:
+            wire.write = write
