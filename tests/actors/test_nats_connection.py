@@ -194,10 +194,9 @@ def test_a_frame_that_the_server_does_not_take_is_lost_alone() -> None:
             assert [event.name for event in events] == ["OutboundLost"]
 
 
-def test_a_message_that_its_reader_has_no_room_for_is_seen(
-    server: NatsServer, monkeypatch: pytest.MonkeyPatch
+def test_what_a_slow_reader_has_not_come_to_waits_and_is_not_lost(
+    server: NatsServer,
 ) -> None:
-    monkeypatch.setattr(connection_module, "INBOUND_MESSAGES_MAX", 1)
     with connected(server.url) as connection, connected(server.url) as sender:
         events: list[ConnectionEvent] = []
         got: list[bytes] = []
@@ -209,15 +208,60 @@ def test_a_message_that_its_reader_has_no_room_for_is_seen(
 
         connection.listen(events.append)
         connection.subscribe("slow", received)
-        assert sender.publish("slow", b"x")
+        sent = [b"%d" % number for number in range(5_000)]
+        for data in sent:
+            assert sender.publish("slow", data)
+        sender.flush()
         eventually(lambda: got)
-        # All of these have come by the time that the first is done with.
-        for _ in range(49):
-            assert sender.publish("slow", b"x")
+        hold.set()
+        eventually(lambda: len(got) == len(sent))
+        assert got == sent
+        assert events == []
+
+
+def test_a_reader_too_slow_for_its_server_is_seen_and_heals() -> None:
+    with (
+        nats_server(more="max_pending: 100KB\nwrite_deadline: 1s") as small,
+        connected(small.url) as connection,
+        connected(small.url) as sender,
+    ):
+        names: list[str] = []
+        got: list[bytes] = []
+        hold = threading.Event()
+
+        def received(_: str, data: bytes) -> None:
+            got.append(data)
+            hold.wait(60)
+
+        connection.listen(lambda event: names.append(event.name))
+        connection.subscribe("slow", received)
+        # More than all sockets between them hold.
+        for _ in range(400):
+            eventually(lambda: sender.publish("slow", b"x" * 100_000))
         sender.flush()
         hold.set()
-        eventually(lambda: len(got) + connection.counts["SlowConsumer"] == 50)
-        assert {event.name for event in events} == {"SlowConsumer"}
+        eventually(lambda: "Reconnected" in names)
+        assert "Disconnected" in names
+        assert len(got) < 400
+        got.clear()
+        assert sender.publish("slow", b"after")
+        eventually(lambda: got == [b"after"])
+
+
+def test_one_who_raises_is_logged_and_hears_the_next_message(
+    server: NatsServer,
+) -> None:
+    with connected(server.url) as connection:
+        got: list[bytes] = []
+
+        def received(_: str, data: bytes) -> None:
+            got.append(data)
+            raise RuntimeError("told")
+
+        connection.subscribe("raise", received)
+        for data in (b"1", b"2"):
+            assert connection.publish("raise", data)
+        eventually(lambda: got == [b"1", b"2"])
         assert connection.is_connected
 
 
