@@ -221,7 +221,9 @@ def test_what_a_slow_reader_has_not_come_to_waits_and_is_not_lost(
 
 def test_a_reader_too_slow_for_its_server_is_seen_and_heals() -> None:
     with (
-        nats_server(more="max_pending: 100KB\nwrite_deadline: 1s") as small,
+        nats_server(
+            more="max_payload: 200KB\nmax_pending: 200KB\nwrite_deadline: 1s"
+        ) as small,
         connected(small.url) as connection,
         connected(small.url) as sender,
     ):

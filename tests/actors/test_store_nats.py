@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import count
-from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
@@ -960,7 +959,7 @@ def test_what_a_leader_that_steps_down_refuses_may_have_happened(
 ) -> None:
     async def refusing(bucket: Bucket, *_: Any, **__: Any) -> Any:
         error = {"code": 503, "err_code": 10008, "description": "unavailable"}
-        return SimpleNamespace(data=json.dumps({"error": error}).encode())
+        return json.dumps({"error": error}).encode()
 
     async def write(bucket: Bucket) -> None:
         await Bucket.write(bucket, "e.k/a", b"", expected=0, until=0.0)
