@@ -15,7 +15,10 @@ class LoopThread(Protocol):
     """A thread that runs an event loop."""
 
     def soon(self, turn: Callable[[], object], /) -> bool:
-        """Run `turn` there; false where that thread has ended. From any thread."""
+        """Run `turn` there; false where that thread has ended. From any thread.
+
+        What is asked for on that thread may run before the loop's next round.
+        """
 
     def after(self, seconds: float, turn: Callable[[], object], /) -> Any:
         """Run `turn` in `seconds`; what it returns has `cancel`. On that thread."""
@@ -93,7 +96,8 @@ class LoopDispatcher(TimedDispatcher):
             if not turns or self._is_awake:
                 return
             self._is_awake = True
-        self._thread.soon(self._run)
+        # Not sooner: the loop has its turn first.
+        self._thread.after(0.0, self._run)
 
     def _arm(self) -> None:
         """Have it run when its first timer is due."""

@@ -313,6 +313,7 @@ class Bucket:
             if client.pending_data_size > _HELD_BYTES_MAX:
                 await client.flush(timeout=max(1, round(until - loop.time())))
             client.say(subject, data, reply=reply, headers=headers)
+            client.write_soon()
             return await future
         except (BucketError, asyncio.CancelledError):
             raise

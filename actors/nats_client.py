@@ -41,12 +41,14 @@ def at_once(hear: Hear) -> Any:
 class NatsClient(nats.aio.client.Client):
     """A client of one connection, which it never makes anew.
 
-    It never says a secret without TLS where the URL says TLS.
+    It never says a secret without TLS where the URL says TLS. `heard` is called after
+    each message, and whether that was all that has been read.
     """
 
-    def __init__(self, url: NatsUrl) -> None:
+    def __init__(self, url: NatsUrl, heard: Callable[..., None]) -> None:
         super().__init__()
         self._url = url
+        self._heard = heard
         self._is_to_write = False
 
     # --- out ---
@@ -54,7 +56,7 @@ class NatsClient(nats.aio.client.Client):
     def say(
         self, subject: str, data: bytes, *, reply: str = "", headers: bytes = b""
     ) -> None:
-        """Publish, with all that is said in this round of the loop.
+        """Publish, with all that is said until `write`.
 
         For what is surely short: look at `pending_data_size` and `max_payload` before.
         `headers` are as on the wire, `subject` and `reply` are not checked.
@@ -69,6 +71,9 @@ class NatsClient(nats.aio.client.Client):
         self._pending_data_size += len(command)
         self.stats["out_msgs"] += 1
         self.stats["out_bytes"] += size
+
+    def write_soon(self) -> None:
+        """Write what has been said, and will be in this round of the loop."""
         if not self._is_to_write:
             self._is_to_write = True
             asyncio.get_running_loop().call_soon(self.write)
@@ -101,6 +106,7 @@ class NatsClient(nats.aio.client.Client):
             hear(subject.decode(), data, headers or b"")
         except Exception:  # one message must not end the reading of all others
             log.exception("who hears a message of NATS raised")
+        self._heard(is_all=not self._ps.buf)
 
     # --- being let in ---
 

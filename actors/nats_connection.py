@@ -130,6 +130,8 @@ class NatsConnection:
         self._wanted: dict[Subscription, None] = {}
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._refused: set[str] = set()
+        self._near: deque[Callable[[], object]] = deque()
+        self._is_near = self._is_hearing = False
         self._is_closing = False
         self._keeper: asyncio.Task[None] | None = None
         # Shared with those who publish.
@@ -198,13 +200,45 @@ class NatsConnection:
         """Run `turn` on the connection's thread; false where that has ended."""
         try:
             if threading.get_ident() == self._thread.ident:
-                # Nobody has to be woken.
-                self._loop.call_soon(turn)
+                # Nobody has to be woken: behind what is being read, or said.
+                self._near.append(turn)
+                if not (self._is_near or self._is_hearing):
+                    self._is_near = True
+                    self._loop.call_soon(self._run_near)
             else:
                 self._loop.call_soon_threadsafe(turn)
         except RuntimeError:
             return False
         return True
+
+    def _run_near(self) -> None:
+        """Run what was asked for on this thread, and what that asks for."""
+        self._is_near = self._is_hearing = True
+        near = self._near
+        while near:
+            try:
+                near.popleft()()
+            except Exception:  # of one; the others have their turn
+                log.exception("a turn on the thread of NATS raised")
+        self._is_near = self._is_hearing = False
+
+    def _hear(
+        self, hear: Callable[[str, bytes], object], subject: str, data: bytes
+    ) -> None:
+        """Have a message heard; what that asks for runs when all have been."""
+        self._is_hearing = True
+        try:
+            hear(subject, data)
+        finally:
+            self._is_hearing = False
+
+    def _heard(self, *, is_all: bool) -> None:
+        """A message has been heard; perhaps it is the last of what was read."""
+        if is_all:
+            self._run_near()
+        elif self._near and not self._is_near:
+            self._is_near = True
+            self._loop.call_soon(self._run_near)
 
     def after(self, seconds: float, turn: Callable[[], object], /) -> Any:
         """Run `turn` in `seconds`, unless what is returned is cancelled.
@@ -464,7 +498,7 @@ class NatsConnection:
         Raises:
             NatsFailure: it could not be.
         """
-        client = _client_type(self.url)(self.url)
+        client = _client_type(self.url)(self.url, self._heard)
         errors: list[BaseException] = []
         is_up = False
 
@@ -589,7 +623,7 @@ class NatsConnection:
         from actors.nats_client import at_once  # noqa: PLC0415  few have nats-py
 
         def hear(subject: str, data: bytes, _: bytes) -> None:
-            wanted.callback(subject, data)
+            self._hear(wanted.callback, subject, data)
 
         wanted.held = await client.subscribe(
             wanted.subject, wanted.queue, cb=at_once(hear)
