@@ -1,7 +1,7 @@
 """A whole cluster inside a program: nodes, one store, and an entry to them."""
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -49,9 +49,19 @@ class ClusterEvents:
         self._subscriptions: list[Subscription] = []
         self._lock = threading.Lock()
 
-    def subscribe(self, subscriber: Callable[[Event], Any]) -> Subscription:
-        """Have `subscriber` called with each event, in each node's order."""
-        subscription = Subscription(subscriber, self._remove, self._start_reader)
+    def subscribe(
+        self,
+        subscriber: Callable[[Event], Any],
+        *,
+        names: Collection[str] | None = None,
+    ) -> Subscription:
+        """Have `subscriber` called with each event, in each node's order.
+
+        Only with those of these `names`, where some are given.
+        """
+        subscription = Subscription(
+            subscriber, self._remove, self._start_reader, names=names
+        )
         with self._lock:
             self._subscriptions.append(subscription)
             for stream in self._streams:

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol, Self, TypeAlias
 
 import pykka
@@ -65,7 +65,8 @@ class Subscription:
     """One subscriber: what waits for it, and its reader once there is something.
 
     At most `WAITING_MAX` events wait; then the oldest are dropped, and an
-    `EventsLost` in their place says how many.
+    `EventsLost` in their place says how many. Where `names` are given it is of the
+    events that are named so: the others cost it nothing.
     """
 
     def __init__(
@@ -73,7 +74,12 @@ class Subscription:
         subscriber: Callable[[Event], Any],
         leave: Callable[["Subscription"], None],
         start_reader: StartReader = start_thread_reader,
+        *,
+        names: Collection[str] | None = None,
     ) -> None:
+        if isinstance(names, str):
+            raise TypeError(f"names are several, as {{{names!r}}}, not one text")
+        self.names = None if names is None else frozenset(names)
         self._subscriber = subscriber
         self._start_reader = start_reader
         self.leave = leave
@@ -157,6 +163,8 @@ class EventStream:
         self._lock = threading.Lock()
         self._number = 0
         self._subscriptions: list[Subscription] = []
+        # What somebody subscribes to; none: all.
+        self._wanted: frozenset[str] | None = frozenset()
         self.counts: Counter[str] = Counter()
 
     def publish(self, happened: Happened) -> None:
@@ -164,7 +172,7 @@ class EventStream:
         with self._lock:
             self._number += 1
             self.counts[happened.name] += 1
-            if not self._subscriptions:
+            if self._wanted is not None and happened.name not in self._wanted:
                 return
             event = event_of(
                 happened,
@@ -174,11 +182,22 @@ class EventStream:
                 epoch=self._epoch(),
             )
             for subscription in self._subscriptions:
-                subscription.put(event)
+                if subscription.names is None or event.name in subscription.names:
+                    subscription.put(event)
 
-    def subscribe(self, subscriber: Callable[[Event], Any]) -> Subscription:
-        """Have `subscriber` called with each event from now on, in order."""
-        subscription = Subscription(subscriber, self.remove, self._start_reader)
+    def subscribe(
+        self,
+        subscriber: Callable[[Event], Any],
+        *,
+        names: Collection[str] | None = None,
+    ) -> Subscription:
+        """Have `subscriber` called with each event from now on, in order.
+
+        Only with those of these `names`, where some are given.
+        """
+        subscription = Subscription(
+            subscriber, self.remove, self._start_reader, names=names
+        )
         self.add(subscription)
         return subscription
 
@@ -186,12 +205,23 @@ class EventStream:
         """Let `subscription`, perhaps another stream's too, have these events."""
         with self._lock:
             self._subscriptions.append(subscription)
+            self._look_what_is_wanted()
 
     def remove(self, subscription: Subscription) -> None:
         """Let `subscription` have no more of these events."""
         with self._lock:
             if subscription in self._subscriptions:
                 self._subscriptions.remove(subscription)
+                self._look_what_is_wanted()
+
+    def _look_what_is_wanted(self) -> None:
+        wanted: set[str] = set()
+        for subscription in self._subscriptions:
+            if subscription.names is None:
+                self._wanted = None
+                return
+            wanted |= subscription.names
+        self._wanted = frozenset(wanted)
 
     def close(self, left_s: Callable[[], float] = lambda: CANCEL_S) -> None:
         """Deliver what waits, within the time that is left; end the subscriptions."""

@@ -78,10 +78,9 @@ class Asked:
         """Once more; from a signal handler, on the main thread, which may hold it."""
         self.count += 1
 
-    def look_at(self, event: Event) -> None:
+    def broken(self, event: Event) -> None:
         """A node that is broken by a bug is of no use any more."""
-        if event.name == "Broken":
-            self.why_broken = event.reason
+        self.why_broken = event.reason
 
     def wait(self, count: int, *, until: threading.Event | None = None) -> None:
         """Wait until asked `count` times, or broken, or `until` is set."""
@@ -170,7 +169,7 @@ def node_command(
         calm_collector()
         is_left = False
         try:
-            node.events.subscribe(asked.look_at)
+            node.events.subscribe(asked.broken, names={"Broken"})
             if verbose:
                 node.events.subscribe(_log)
             node.start_member()

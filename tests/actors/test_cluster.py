@@ -319,6 +319,26 @@ def test_r4_4_events_come_in_order_and_r4_5_bear_a_time(cluster: Cluster) -> Non
     assert "node-1" in str(seen[0])
 
 
+def test_who_subscribes_to_some_names_gets_those_only(cluster: Cluster) -> None:
+    every: list[Any] = []
+    some: list[Any] = []
+    stream = cluster.node("node-1").events
+    names = {"Activated", "Claimed"}
+    with stream.subscribe(some.append, names=names):
+        for n in range(30):
+            cluster.resolve(f"echo/{n}")
+        eventually(lambda: any(event.name == "Activated" for event in some))
+        with cluster.events.subscribe(every.append):
+            for n in range(30, 60):
+                cluster.resolve(f"echo/{n}")
+            eventually(lambda: {"Activated", "Cached"} <= {each.name for each in every})
+    assert {event.name for event in some} == names
+    heard = [event.number for event in every if event.node == "node-1"]
+    assert heard == list(range(heard[0], heard[-1] + 1))
+    with pytest.raises(TypeError, match="several"):
+        stream.subscribe(some.append, names="Activated")
+
+
 def test_a_subscriber_that_raises_or_is_slow_harms_nobody(cluster: Cluster) -> None:
     gate = threading.Event()
     seen: list[Any] = []
