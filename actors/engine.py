@@ -197,11 +197,17 @@ class ThreadEngine:
         has_one_writer = getattr(store, "has_one_writer", False)
         turnstile = Turnstile() if has_one_writer else None
         self.entries: pykka.ActorRef[Any] = StoreActor.start(
-            self.store.another(), dispatcher=self._lanes[0], turnstile=turnstile
+            self._connected_for_entries(self.store),
+            dispatcher=self._lanes[0],
+            turnstile=turnstile,
         )
         self.sessions: pykka.ActorRef[Any] = StoreActor.start(
             self.store.another(), dispatcher=self._lanes[1], turnstile=turnstile
         )
+
+    def _connected_for_entries(self, store: Store) -> Store:
+        """The connection over which entries are written."""
+        return store.another()
 
     def take_over(self, *, timeout_s: float = math.inf) -> None:
         """Before the first node starts: nothing, where others can be reached."""

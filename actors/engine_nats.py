@@ -12,7 +12,7 @@ import msgspec
 
 from actors.engine import Settings, ThreadEngine
 from actors.engine_url import BadEngine
-from actors.loop_dispatch import LoopDispatcher
+from actors.loop_thread import LoopDispatcher
 from actors.nats_bucket import (
     NO_PEERS,
     NO_REPLICAS,
@@ -31,7 +31,7 @@ from actors.nats_connection import (
 )
 from actors.nats_token import token_of
 from actors.store_nats import OPTIONS as OF_STORE
-from actors.store_nats import NatsPlace
+from actors.store_nats import NatsPlace, NatsStore
 from actors.store_url import BadStore, check_store, open_store
 from actors.transport_nats import NatsTransport
 from messages.frames import VERSION
@@ -136,13 +136,20 @@ class NatsEngine(ThreadEngine):
                 opened,
                 partial(NatsTransport, connection, settings.cluster),
                 partitions=settings.partitions,
-                make_system=partial(LoopDispatcher, connection),
+                make_system=partial(LoopDispatcher, connection.thread),
             )
         except BaseException:
             if opened is not None:
                 opened.close()
             connection.close()
             raise
+
+    def _connected_for_entries(self, store: Store) -> Store:
+        # On the thread that decides what is written: between two, each batch would
+        # wake the other. Sessions keep theirs, for no flood to come before a renewal.
+        if isinstance(store, NatsStore):
+            return store.another(thread=self.connection.thread)
+        return store.another()
 
     def close(self, *, timeout_s: float | None = None) -> None:
         """Send what was to be sent; free threads and connections, within a time."""
@@ -151,7 +158,7 @@ class NatsEngine(ThreadEngine):
         def left_s() -> float:
             return max(0.0, until_s - time.monotonic())
 
-        if self.connection.is_connected and not self.connection.is_current():
+        if self.connection.is_connected and not self.connection.thread.is_current():
             with suppress(NatsFailure):
                 self.connection.flush(timeout_s=min(1.0, left_s()))
         super().close(timeout_s=left_s())

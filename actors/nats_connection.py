@@ -24,6 +24,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from actors.log import log
+from actors.loop_thread import LoopThread
 from actors.nats_failure import NatsFailure, NatsLost, NatsRefused, NatsUnreachable
 from actors.nats_url import BadNatsUrl, NatsUrl, parse_nats_url
 
@@ -102,6 +103,7 @@ class Subscription:
 class NatsConnection:
     """A connection to NATS that heals by itself; all methods are for any thread.
 
+    It runs on a thread of its own, or with others on `thread`, which outlives it.
     Callbacks are called on its thread and return at once. `publish`, `submit` and
     `unsubscribe` wait for nothing; `open`, `call`, `subscribe`, `flush` and `close` do,
     each only within its time, and so not on that thread.
@@ -114,6 +116,7 @@ class NatsConnection:
         name: str = "placement",
         pack: Callable[[Sequence[bytes], int], Sequence[bytes]] | None = None,
         outbound_bytes_max: int = OUTBOUND_BYTES_MAX,
+        thread: LoopThread | None = None,
     ) -> None:
         url.check()
         self.url = url
@@ -130,8 +133,6 @@ class NatsConnection:
         self._wanted: dict[Subscription, None] = {}
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._refused: set[str] = set()
-        self._near: deque[Callable[[], object]] = deque()
-        self._is_near = self._is_hearing = False
         self._is_closing = False
         self._keeper: asyncio.Task[None] | None = None
         # Shared with those who publish.
@@ -140,13 +141,12 @@ class NatsConnection:
         self._outbound_bytes = 0
         self._is_draining = False
         self._is_full = False
-        self._loop = asyncio.new_event_loop()
+        self._is_over = threading.Event()
+        self._owns_thread = thread is None
+        self._thread = thread or LoopThread(f"nats-{name}")
+        self._loop = self._thread.loop
         self._lost = asyncio.Event()
         self._drain_lock = asyncio.Lock()
-        self._thread = threading.Thread(
-            target=self._run, name=f"nats-{name}", daemon=True
-        )
-        self._thread.start()
 
     def __repr__(self) -> str:
         return f"<NatsConnection {self.url}>"
@@ -192,60 +192,10 @@ class NatsConnection:
             raise self._is_not_there()
         return client
 
-    def is_current(self) -> bool:
-        """Whether the caller is on the connection's thread."""
-        return threading.get_ident() == self._thread.ident
-
-    def soon(self, turn: Callable[[], object], /) -> bool:
-        """Run `turn` on the connection's thread; false where that has ended."""
-        try:
-            if threading.get_ident() == self._thread.ident:
-                # Nobody has to be woken: behind what is being read, or said.
-                self._near.append(turn)
-                if not (self._is_near or self._is_hearing):
-                    self._is_near = True
-                    self._loop.call_soon(self._run_near)
-            else:
-                self._loop.call_soon_threadsafe(turn)
-        except RuntimeError:
-            return False
-        return True
-
-    def _run_near(self) -> None:
-        """Run what was asked for on this thread, and what that asks for."""
-        self._is_near = self._is_hearing = True
-        near = self._near
-        while near:
-            try:
-                near.popleft()()
-            except Exception:  # of one; the others have their turn
-                log.exception("a turn on the thread of NATS raised")
-        self._is_near = self._is_hearing = False
-
-    def _hear(
-        self, hear: Callable[[str, bytes], object], subject: str, data: bytes
-    ) -> None:
-        """Have a message heard; what that asks for runs when all have been."""
-        self._is_hearing = True
-        try:
-            hear(subject, data)
-        finally:
-            self._is_hearing = False
-
-    def _heard(self, *, is_all: bool) -> None:
-        """A message has been heard; perhaps it is the last of what was read."""
-        if is_all:
-            self._run_near()
-        elif self._near and not self._is_near:
-            self._is_near = True
-            self._loop.call_soon(self._run_near)
-
-    def after(self, seconds: float, turn: Callable[[], object], /) -> Any:
-        """Run `turn` in `seconds`, unless what is returned is cancelled.
-
-        For the connection's own thread.
-        """
-        return self._loop.call_later(seconds, turn)
+    @property
+    def thread(self) -> LoopThread:
+        """The thread that it runs on."""
+        return self._thread
 
     def listen(self, listener: Callable[[ConnectionEvent], None]) -> None:
         """Have `listener` called with every event, on the connection's thread."""
@@ -286,7 +236,7 @@ class NatsConnection:
 
         # Under the lock: what is posted before the end is posted hears of it.
         with self._lock:
-            is_posted = not self._is_closing and self.soon(begin)
+            is_posted = not self._is_closing and self._thread.soon(begin)
         if not is_posted:
             done.set_exception(self._is_closed())
         return done
@@ -323,7 +273,7 @@ class NatsConnection:
                 self.counts["frames refused: outbound buffer full"] += 1
                 if not self._is_full:
                     self._is_full = True
-                    self.soon(self._say_full)
+                    self._thread.soon(self._say_full)
                 return False
             self._outbound.append((subject, data))
             self._outbound_bytes += size
@@ -331,7 +281,7 @@ class NatsConnection:
                 return True
             self._is_draining = True
         # One wake-up for all that is handed over until the loop has come to it.
-        return self.soon(self._drain_soon)
+        return self._thread.soon(self._drain_soon)
 
     def subscribe(
         self,
@@ -373,7 +323,7 @@ class NatsConnection:
             if wanted.held is not None and self.is_connected:
                 self._spawn(_quietly(wanted.held.unsubscribe()))
 
-        self.soon(end)
+        self._thread.soon(end)
 
     def flush(self, *, timeout_s: float = FLUSH_S) -> None:
         """Wait until the server has all that was published until now.
@@ -390,30 +340,19 @@ class NatsConnection:
         self.call(work, timeout_s=timeout_s)
 
     def close(self, *, timeout_s: float = CLOSE_S) -> None:
-        """End the connection and its thread, within the time, whatever hangs."""
+        """End the connection and its own thread, within the time, whatever hangs."""
         with self._lock:
             is_first, self._is_closing = not self._is_closing, True
         if is_first:
-            self.soon(lambda: self._spawn(self._end(timeout_s)))
-        if threading.current_thread() is not self._thread:
+            self._thread.soon(lambda: self._spawn(self._end(timeout_s)))
+        if self._thread.is_current():
+            return
+        if self._owns_thread:
             self._thread.join(timeout_s + 1.0)
+        else:
+            self._is_over.wait(timeout_s + 1.0)
 
     # --- the thread ---
-
-    def _run(self) -> None:
-        loop = self._loop
-        asyncio.set_event_loop(loop)
-        loop.set_exception_handler(_say)
-        try:
-            loop.run_forever()
-        finally:
-            left = asyncio.all_tasks(loop)
-            for task in left:
-                task.cancel()
-            if left:
-                loop.run_until_complete(asyncio.wait(left, timeout=0.5))
-            loop.run_until_complete(loop.shutdown_asyncgens())
-            loop.close()
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
         return self._loop.create_task(work)
@@ -498,7 +437,7 @@ class NatsConnection:
         Raises:
             NatsFailure: it could not be.
         """
-        client = _client_type(self.url)(self.url, self._heard)
+        client = _client_type(self.url)(self.url, self._thread.heard)
         errors: list[BaseException] = []
         is_up = False
 
@@ -623,7 +562,7 @@ class NatsConnection:
         from actors.nats_client import at_once  # noqa: PLC0415  few have nats-py
 
         def hear(subject: str, data: bytes, _: bytes) -> None:
-            self._hear(wanted.callback, subject, data)
+            self._thread.hear(wanted.callback, subject, data)
 
         wanted.held = await client.subscribe(
             wanted.subject, wanted.queue, cb=at_once(hear)
@@ -717,7 +656,9 @@ class NatsConnection:
             task.cancel()
         if client is not None:
             await _end_client(client, timeout_s=timeout_s / 2)
-        self._loop.stop()
+        self._is_over.set()
+        if self._owns_thread:
+            self._thread.stop()
 
 
 def _client_type(url: NatsUrl) -> "type[NatsClient]":
@@ -802,11 +743,3 @@ async def _left_of(work: Coroutine[Any, Any, T], awaited: Any) -> T:
 async def _quietly(work: Coroutine[Any, Any, Any]) -> None:
     with suppress(Exception):
         await work
-
-
-def _say(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    log.error(
-        "the thread of NATS",
-        said=context.get("message"),
-        exc_info=context.get("exception"),
-    )

@@ -219,6 +219,10 @@ class _Rules(RecordStore):
         raise NotImplementedError
 
 
+def _is_claim(request: Any) -> bool:
+    return isinstance(request, Claim)
+
+
 def _expects_nothing(request: Any) -> bool:
     """Tell whether a key that is not known may be tried as if it were new."""
     return isinstance(request, Acquire) or (
@@ -352,6 +356,7 @@ class NatsEntries:
 
     async def work(self, bucket: Bucket, batch: Batch) -> None:
         """Do what is left of the batch, many identities at once."""
+        await self._read_sessions(bucket, batch)
         groups = batch.left()
 
         async def worker() -> None:
@@ -362,6 +367,21 @@ class NatsEntries:
         async with asyncio.TaskGroup() as workers:
             for _ in range(min(len(batch.requests), IN_FLIGHT_MAX)):
                 workers.create_task(worker())
+
+    async def _read_sessions(self, bucket: Bucket, batch: Batch) -> None:
+        """Read whose the claims are, mostly one session's, before all of them ask."""
+        for session in {each.session: 0 for each in batch.requests if _is_claim(each)}:
+            if session in batch.sessions:
+                continue
+            until = asyncio.get_running_loop().time() + self._timeout_s
+            try:
+                found = await self._sessions.read_session(bucket, session, until)
+            except NoAnswer as error:
+                batch.silence = str(error)
+                return
+            except BucketError:
+                continue  # each claim that asks for it tries again, and says so
+            batch.sessions[session] = None if found is None else found[1]
 
     async def _one(self, bucket: Bucket, batch: Batch, place: int) -> Any:
         """The outcome of one request."""

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from actors.loop_thread import LoopThread
 from actors.nats_bucket import (
     Bucket,
     BucketError,
@@ -211,6 +212,7 @@ class NatsStore:
         *,
         now_ms: Callable[[], int] = wall_ms,
         creates: bool = True,
+        thread: LoopThread | None = None,
     ) -> None:
         self._place, self._now_ms = place, now_ms
         self._timeout_s = place.timeout_ms / 1000
@@ -225,7 +227,9 @@ class NatsStore:
         self._down_since_s = 0.0
         self._is_over = False
         try:
-            self._connection = NatsConnection.open(place.server, name="placement-store")
+            self._connection = NatsConnection.open(
+                place.server, name="placement-store", thread=thread
+            )
         except (BadNatsUrl, MissingExtra) as error:
             raise BadStore(str(error)) from None
         except NatsRefused as error:
@@ -251,12 +255,16 @@ class NatsStore:
         """Do nothing: several keys never change together here."""
         return nullcontext()
 
-    def another(self) -> "NatsStore":
-        """Open another connection to the same bucket, which it never creates."""
-        return NatsStore(self._place, now_ms=self._now_ms, creates=False)
+    def another(self, *, thread: LoopThread | None = None) -> "NatsStore":
+        """Open another connection to the same bucket, which it never creates.
+
+        It runs on a thread of its own unless another is given, where calls must not
+        be made.
+        """
+        return NatsStore(self._place, now_ms=self._now_ms, creates=False, thread=thread)
 
     def close(self) -> None:
-        """Close the connection and end its thread."""
+        """Close the connection."""
         self._is_over = True
         self._connection.close()
 

@@ -259,13 +259,28 @@ class Claims:
     @property
     def due_ns(self) -> int | None:
         """When `tick` is wanted next; none while nothing waits."""
-        first = self._due[0][0] if self._due else None
+        first = self._first_due_ns()
         if self._release_due:
             due_ns = self._release_due[0][0]
             first = due_ns if first is None else min(first, due_ns)
         for _, _, deadline_ns in self._ahead.values():
             first = deadline_ns if first is None else min(first, deadline_ns)
         return first
+
+    def _first_due_ns(self) -> int | None:
+        """When the first procedure is looked at; what was due for others is let go."""
+        due = self._due
+        while due:
+            at_ns, number, identity = due[0]
+            procedure = self._running.get(identity)
+            if (
+                procedure is not None
+                and procedure.due_ns == at_ns
+                and procedure.acquisition.procedure == number
+            ):
+                return at_ns
+            heapq.heappop(due)
+        return None
 
     # --- inputs: topology and session ---
 

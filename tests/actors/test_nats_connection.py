@@ -158,7 +158,7 @@ def test_one_wake_up_hands_over_many_frames(server: NatsServer) -> None:
 
     with connected(server.url, pack=pack) as connection:
         hold = threading.Event()
-        connection.soon(lambda: hold.wait(60))
+        connection.thread.soon(lambda: hold.wait(60))
         for _ in range(500):
             assert connection.publish("many", b"x")
         hold.set()
@@ -171,7 +171,7 @@ def test_a_full_outbound_buffer_is_a_failure_that_is_seen(server: NatsServer) ->
         events: list[ConnectionEvent] = []
         connection.listen(events.append)
         hold = threading.Event()
-        connection.soon(lambda: hold.wait(60))
+        connection.thread.soon(lambda: hold.wait(60))
         outcomes = [connection.publish("full", b"x" * 100) for _ in range(20)]
         hold.set()
         connection.flush()
@@ -314,7 +314,7 @@ def test_it_is_connected_again_when_the_server_has_its_subscriptions(
             done.append(f"the server has {', '.join(subjects)}")
 
         monkeypatch.setattr(connection_module, "_flush", flushed)
-        connection.soon(lambda: connection._lose(connection.client))
+        connection.thread.soon(lambda: connection._lose(connection.client))
         eventually(lambda: "Reconnected" in done)
     assert done == ["Disconnected", "the server has there", "Reconnected"]
 
@@ -327,10 +327,10 @@ def test_frames_go_out_again_though_the_last_ones_were_lost_before_they_could(
         connection.subscribe("again", lambda _, data: got.append(data))
         client = connection.client
         hold = threading.Event()
-        connection.soon(lambda: hold.wait(60))
+        connection.thread.soon(lambda: hold.wait(60))
         # What publishes it is ended before its first step.
         assert connection.publish("again", b"lost")
-        connection.soon(lambda: connection._lose(client))
+        connection.thread.soon(lambda: connection._lose(client))
         hold.set()
         eventually(lambda: connection.counts["Reconnected"] == 1)
 
@@ -348,9 +348,9 @@ def test_work_that_is_lost_before_its_first_step_surely_did_not_happen(
     with connected(server.url) as connection:
         client = connection.client
         hold = threading.Event()
-        connection.soon(lambda: hold.wait(60))
+        connection.thread.soon(lambda: hold.wait(60))
         done = connection.submit(work, timeout_s=60)
-        connection.soon(lambda: connection._lose(client))
+        connection.thread.soon(lambda: connection._lose(client))
         hold.set()
         with pytest.raises(NatsLost, match="there is no connection") as lost:
             done.result(30)
@@ -376,7 +376,7 @@ def test_a_closed_connection_refuses_and_leaves_no_thread(server: NatsServer) ->
     connection.close()
     connection.close()
 
-    assert not connection._thread.is_alive()
+    assert not connection._thread.is_alive
     assert not connection.publish("x", b"x")
     with pytest.raises(NatsLost, match="closed"):
         connection.flush()

@@ -125,7 +125,7 @@ def test_small_frames_that_wait_together_are_one_message(server: NatsServer) -> 
     with processes(2, server.url) as (here, there):
         sender, _ = here.box(A), there.box(B)
         hold = threading.Event()
-        here.connection.soon(lambda: hold.wait(60))
+        here.connection.thread.soon(lambda: hold.wait(60))
         for number in range(100):
             assert sender.send(B, Marked("k/x", 1, number))
         messages = here.connection.client.stats["out_msgs"]

@@ -1,30 +1,123 @@
-"""A dispatcher whose turns run on the thread of a connection, between its own."""
+"""A thread with an event loop, and a dispatcher whose turns run on it."""
 
+import asyncio
 import threading
+from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from actors.clock import Clock
 from actors.dispatch import TimedDispatcher, Turn
+from actors.log import log
 
 #: Turns at once; then the loop has its turn, which reads, writes and answers pings.
 TURNS_AT_ONCE = 1_024
 
 
-class LoopThread(Protocol):
-    """A thread that runs an event loop."""
+class LoopThread:
+    """A thread that runs an event loop, for connections and whoever goes with them.
 
-    def soon(self, turn: Callable[[], object], /) -> bool:
-        """Run `turn` there; false where that thread has ended. From any thread.
+    All methods are for any thread unless they say otherwise.
+    """
 
-        What is asked for on that thread may run before the loop's next round.
-        """
-
-    def after(self, seconds: float, turn: Callable[[], object], /) -> Any:
-        """Run `turn` in `seconds`; what it returns has `cancel`. On that thread."""
+    def __init__(self, name: str) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._near: deque[Callable[[], object]] = deque()
+        self._is_near = self._is_hearing = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     def is_current(self) -> bool:
         """Whether the caller is on that thread."""
+        return threading.get_ident() == self._thread.ident
+
+    def soon(self, turn: Callable[[], object], /) -> bool:
+        """Run `turn` there; false where that thread has ended.
+
+        What is asked for on that thread may run before the loop's next round: each
+        asks the system what has arrived, which takes as long as a short message does.
+        """
+        try:
+            if self.is_current():
+                # Nobody has to be woken: behind what is being heard, or said.
+                self._near.append(turn)
+                if not (self._is_near or self._is_hearing):
+                    self._is_near = True
+                    self.loop.call_soon(self._run_near)
+            else:
+                self.loop.call_soon_threadsafe(turn)
+        except RuntimeError:
+            return False
+        return True
+
+    def after(self, seconds: float, turn: Callable[[], object], /) -> Any:
+        """Run `turn` in `seconds`; what it returns has `cancel`. On that thread."""
+        return self.loop.call_later(seconds, turn)
+
+    def hear(
+        self, hear: Callable[[str, bytes], object], subject: str, data: bytes
+    ) -> None:
+        """Have a message heard; what that asks for waits for `heard`."""
+        self._is_hearing = True
+        try:
+            hear(subject, data)
+        finally:
+            self._is_hearing = False
+
+    def heard(self, *, is_all: bool) -> None:
+        """A message has been heard; perhaps it is the last of what was read."""
+        if is_all:
+            self._run_near()
+        elif self._near and not self._is_near:
+            self._is_near = True
+            self.loop.call_soon(self._run_near)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """End it after this round of the loop. On that thread."""
+        self.loop.stop()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until it has ended, at most so long; not on that thread."""
+        self._thread.join(timeout_s)
+
+    def _run_near(self) -> None:
+        """Run what was asked for on this thread, and what that asks for."""
+        self._is_near = self._is_hearing = True
+        near = self._near
+        while near:
+            try:
+                near.popleft()()
+            except Exception:  # of one; the others have their turn
+                log.exception("a turn on the thread of a connection raised")
+        self._is_near = self._is_hearing = False
+
+    def _run(self) -> None:
+        loop = self.loop
+        asyncio.set_event_loop(loop)
+        loop.set_exception_handler(_say)
+        try:
+            loop.run_forever()
+        finally:
+            left = asyncio.all_tasks(loop)
+            for task in left:
+                task.cancel()
+            if left:
+                loop.run_until_complete(asyncio.wait(left, timeout=0.5))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+
+def _say(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    log.error(
+        "the thread of a connection",
+        said=context.get("message"),
+        exc_info=context.get("exception"),
+    )
 
 
 class LoopDispatcher(TimedDispatcher):
