@@ -20,6 +20,8 @@ from scripts.benchmarks.peers import WAIT_S
 from scripts.benchmarks.stores import CountedStore, commits
 
 RESOLVES = 10_000
+#: So many are asked for before the oldest answers are waited for.
+_CHUNK = 100
 
 
 @contextmanager
@@ -65,19 +67,32 @@ def warm_resolve(effort: Effort) -> Measurement:
 
 
 def claims_of(nodes: Sequence[PlacementNode]) -> Work:
-    """Resolve identities that nobody has, through all nodes, many in flight."""
+    """Resolve identities that nobody has, through all nodes, always many in flight."""
     numbers = itertools.count()
 
     def perform(count: int) -> None:
-        asked: list[tuple[str, Future]] = []
-        for number in itertools.islice(numbers, count):
-            name = f"echo/{number}"
-            asked.append((name, nodes[number % len(nodes)].seek(name, timeout=WAIT_S)))
-        pids = [(name, future.get(timeout=WAIT_S)) for name, future in asked]
-        assert all(name == pid.identity for name, pid in pids)
-        assert len({pid.fencing_token for _, pid in pids}) == count
+        under_way: deque[list[tuple[str, Future]]] = deque()
+        tokens: set[int] = set()
 
-    return Work(perform, IN_FLIGHT)
+        def collect() -> None:
+            for name, future in under_way.popleft():
+                pid = future.get(timeout=WAIT_S)
+                assert pid.identity == name
+                tokens.add(pid.fencing_token)
+
+        for first in range(0, count, _CHUNK):
+            chunk = itertools.islice(numbers, min(_CHUNK, count - first))
+            asked = [(f"echo/{number}", nodes[number % len(nodes)]) for number in chunk]
+            under_way.append(
+                [(name, node.seek(name, timeout=WAIT_S)) for name, node in asked]
+            )
+            if len(under_way) * _CHUNK >= IN_FLIGHT:
+                collect()
+        while under_way:
+            collect()
+        assert len(tokens) == count
+
+    return Work(perform, 4 * IN_FLIGHT)
 
 
 def question_and_answer() -> Work:
