@@ -109,6 +109,21 @@ class PartitionCoordinator(DispatchedActor):
         self._publish = publish
         self._is_dead = is_dead
         self._alarm = Alarm(dispatcher, self._tick)
+        # A table, for these are made for every claim: a match asks one class after
+        # the other.
+        self._performs: dict[type[ClaimEffect], Callable[[Any], None]] = {
+            StartAt: self._start_at,
+            AnswerPid: self._answer_pid,
+            RedirectTo: self._redirect_to,
+            Refuse: self._refuse,
+            AcquireLock: self._acquire_lock,
+            ReleaseLock: self._release_lock,
+            AskOwnerSession: self._ask_owner,
+            AskHolderSession: self._ask_holder,
+            TellHolderState: self._tell_holder_state,
+            NeedTopology: self._need_newer,
+            Happened: publish,
+        }
 
     def on_stop(self) -> None:
         """Leave no timer behind."""
@@ -208,69 +223,86 @@ class PartitionCoordinator(DispatchedActor):
             )
 
     def _perform(self, effects: Iterable[ClaimEffect]) -> None:
+        performs = self._performs
         for effect in effects:
-            match effect:
-                case StartAt(host) if address_of(host) == self._own:
-                    self._start_here(effect)
-                case AnswerPid(to, pid):
-                    self._send(
-                        to.address,
-                        Resolved(
-                            to.request, pid.identity, pid.session, pid.fencing_token
-                        ),
-                    )
-                case Happened():
-                    self._publish(effect)
-                case AcquireLock(request):
-                    self._entries.tell(
-                        Perform(request, self._acquired, self.dispatcher)
-                    )
-                case ReleaseLock(release):
-                    self._entries.tell(
-                        Perform(release, self._released, self.dispatcher)
-                    )
-                case AskOwnerSession(session, identity, token, procedure):
-                    self._send(
-                        address_of(session),
-                        AskOwner(identity, session, token, procedure),
-                    )
-                case AskHolderSession(holder, identity, procedure):
-                    self._send(
-                        address_of(holder.session),
-                        AskHolder(
-                            identity, holder.session, holder.procedure, procedure
-                        ),
-                    )
-                case TellHolderState(address, identity, holder, procedure, state):
-                    self._send(
-                        address,
-                        HolderAnswer(
-                            identity, holder.session, holder.procedure, procedure, state
-                        ),
-                    )
-                case StartAt(
-                    host, identity, acquisition, revision, epoch, remaining, chain
-                ):
-                    self._send(
-                        address_of(host),
-                        Start(
-                            identity,
-                            acquisition.procedure,
-                            acquisition.session,
-                            host,
-                            revision,
-                            epoch,
-                            remaining // 1_000_000,
-                            chain,
-                        ),
-                    )
-                case RedirectTo(to, identity, epoch, owner):
-                    self._send(to.address, Redirect(to.request, identity, epoch, owner))
-                case Refuse(to, identity, refusal):
-                    self._send(
-                        to.address,
-                        Refused(to.request, identity, refusal.reason, refusal.message),
-                    )
-                case NeedTopology(epoch):
-                    self._need_topology(epoch)
+            performs[type(effect)](effect)
         self._alarm.set(self._claims.due_ns)
+
+    def _start_at(self, effect: StartAt) -> None:
+        host = effect.host
+        if address_of(host) == self._own:
+            self._start_here(effect)
+            return
+        acquisition = effect.acquisition
+        self._send(
+            address_of(host),
+            Start(
+                effect.identity,
+                acquisition.procedure,
+                acquisition.session,
+                host,
+                effect.expected_revision,
+                effect.epoch,
+                effect.remaining_ns // 1_000_000,
+                effect.chain,
+            ),
+        )
+
+    def _answer_pid(self, effect: AnswerPid) -> None:
+        to, pid = effect.to, effect.pid
+        self._send(
+            to.address,
+            Resolved(to.request, pid.identity, pid.session, pid.fencing_token),
+        )
+
+    def _redirect_to(self, effect: RedirectTo) -> None:
+        to = effect.to
+        self._send(
+            to.address,
+            Redirect(to.request, effect.identity, effect.epoch, effect.owner),
+        )
+
+    def _refuse(self, effect: Refuse) -> None:
+        to, refusal = effect.to, effect.refusal
+        self._send(
+            to.address,
+            Refused(to.request, effect.identity, refusal.reason, refusal.message),
+        )
+
+    def _acquire_lock(self, effect: AcquireLock) -> None:
+        self._entries.tell(Perform(effect.request, self._acquired, self.dispatcher))
+
+    def _release_lock(self, effect: ReleaseLock) -> None:
+        self._entries.tell(Perform(effect.request, self._released, self.dispatcher))
+
+    def _ask_owner(self, effect: AskOwnerSession) -> None:
+        session = effect.session
+        self._send(
+            address_of(session),
+            AskOwner(effect.identity, session, effect.fencing_token, effect.procedure),
+        )
+
+    def _ask_holder(self, effect: AskHolderSession) -> None:
+        holder = effect.holder
+        self._send(
+            address_of(holder.session),
+            AskHolder(
+                effect.identity, holder.session, holder.procedure, effect.procedure
+            ),
+        )
+
+    def _tell_holder_state(self, effect: TellHolderState) -> None:
+        holder = effect.holder
+        self._send(
+            effect.address,
+            HolderAnswer(
+                effect.identity,
+                holder.session,
+                holder.procedure,
+                effect.procedure,
+                effect.state,
+            ),
+        )
+
+    def _need_newer(self, effect: NeedTopology) -> None:
+        self._need_topology(effect.epoch)

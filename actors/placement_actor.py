@@ -205,6 +205,20 @@ class PlacementActor(DispatchedActor):
         self._is_member = False
         self._guards: dict[SessionId, Guard] = {}
         self._alarm = Alarm(dispatcher, self._tick)
+        # A table, for these are made for every claim: a match asks one class after
+        # the other.
+        self._performs: dict[type[HostingEffect], Callable[[Any], None]] = {
+            Happened: publish,
+            ClaimEntry: self._claim_entry,
+            GiveUpEntry: self._give_up_entry,
+            StartActivation: self._start,
+            StopActivation: self._stop_activation,
+            TellClaimed: answer_here,
+            TellStarted: self._tell_started,
+            TellStartRefused: self._tell_start_refused,
+            TellOwnerState: self._tell_owner_state,
+            SessionSettled: self._settle,
+        }
 
     def on_stop(self) -> None:
         """Leave no timer behind."""
@@ -345,46 +359,61 @@ class PlacementActor(DispatchedActor):
             self._alarm.set(self._hosting.due_ns)
 
     def _host(self, effects: Iterable[HostingEffect]) -> None:
+        performs = self._performs
         for effect in effects:
-            match effect:
-                case Happened():
-                    self._publish(effect)
-                case ClaimEntry(claim):
-                    self._entries.tell(Perform(claim, self._claimed, self.dispatcher))
-                case StartActivation():
-                    self._start(effect)
-                case TellClaimed():
-                    self._answer_here(effect)
-                case TellStarted(to) | TellStartRefused(to) if to == self._own_address:
-                    self._answer_here(effect)
-                case GiveUpEntry(give_up):
-                    self._entries.tell(
-                        Perform(give_up, self._given_up, self.dispatcher)
-                    )
-                case StopActivation(pid, lapsed):
-                    found = self._registry.find(pid.identity)
-                    if found is not None and found.pid == pid:
-                        found.activation.stop(lapsed=lapsed)
-                case TellStarted(to, pid, procedure):
-                    self._send(
-                        to,
-                        Started(
-                            pid.identity, procedure, pid.session, pid.fencing_token
-                        ),
-                    )
-                case TellStartRefused(to, identity, procedure, host, refusal):
-                    self._send(
-                        to,
-                        StartRefused(
-                            identity, procedure, host, refusal.reason, refusal.message
-                        ),
-                    )
-                case TellOwnerState(to, identity, session, procedure, state, token):
-                    self._send(
-                        to, OwnerAnswer(identity, session, procedure, state, token)
-                    )
-                case SessionSettled(session):
-                    self._keep(self._own.settle(session, self.dispatcher.now_ns()))
+            performs[type(effect)](effect)
+
+    def _claim_entry(self, effect: ClaimEntry) -> None:
+        self._entries.tell(Perform(effect.request, self._claimed, self.dispatcher))
+
+    def _give_up_entry(self, effect: GiveUpEntry) -> None:
+        self._entries.tell(Perform(effect.request, self._given_up, self.dispatcher))
+
+    def _stop_activation(self, effect: StopActivation) -> None:
+        found = self._registry.find(effect.pid.identity)
+        if found is not None and found.pid == effect.pid:
+            found.activation.stop(lapsed=effect.lapsed)
+
+    def _tell_started(self, effect: TellStarted) -> None:
+        if effect.to == self._own_address:
+            self._answer_here(effect)
+            return
+        pid = effect.pid
+        self._send(
+            effect.to,
+            Started(pid.identity, effect.procedure, pid.session, pid.fencing_token),
+        )
+
+    def _tell_start_refused(self, effect: TellStartRefused) -> None:
+        if effect.to == self._own_address:
+            self._answer_here(effect)
+            return
+        refusal = effect.refusal
+        self._send(
+            effect.to,
+            StartRefused(
+                effect.identity,
+                effect.procedure,
+                effect.host,
+                refusal.reason,
+                refusal.message,
+            ),
+        )
+
+    def _tell_owner_state(self, effect: TellOwnerState) -> None:
+        self._send(
+            effect.to,
+            OwnerAnswer(
+                effect.identity,
+                effect.session,
+                effect.procedure,
+                effect.state,
+                effect.fencing_token,
+            ),
+        )
+
+    def _settle(self, effect: SessionSettled) -> None:
+        self._keep(self._own.settle(effect.session, self.dispatcher.now_ns()))
 
     def _start(self, start: StartActivation) -> None:
         pid = start.pid

@@ -44,6 +44,7 @@ _TRANSIENT = frozenset({"NoAuthority", "NotReady", "Pending", "LockDenied"})
 #: How many procedures ask the store at once; the others wait for their turn. What
 #: waits behind thousands in a store's queue would be asked again before its answer.
 ACQUIRING_MAX = 512
+_NEVER_NS = 1 << 63
 
 #: A question may soon have another answer; a store or host is only late.
 _ASK_AGAIN = RetryPolicy(first_ns=20_000_000, largest_ns=500_000_000)
@@ -240,6 +241,7 @@ class Claims:
             tuple[Identity, Acquisition], dict[tuple[Address, int], None]
         ] = {}
         self._due: list[tuple[int, int, Identity]] = []
+        self._look_ns = _NEVER_NS
         self._acquiring: dict[Identity, int] = {}
         self._queue: deque[tuple[Identity, int]] = deque()
         self._releasing: dict[tuple[Identity, Acquisition], int] = {}
@@ -258,29 +260,28 @@ class Claims:
 
     @property
     def due_ns(self) -> int | None:
-        """When `tick` is wanted next; none while nothing waits."""
-        first = self._first_due_ns()
-        if self._release_due:
-            due_ns = self._release_due[0][0]
-            first = due_ns if first is None else min(first, due_ns)
-        for _, _, deadline_ns in self._ahead.values():
-            first = deadline_ns if first is None else min(first, deadline_ns)
-        return first
+        """When `tick` is wanted next, perhaps in vain; none while nothing waits."""
+        return None if self._look_ns == _NEVER_NS else self._look_ns
 
-    def _first_due_ns(self) -> int | None:
-        """When the first procedure is looked at; what was due for others is let go."""
-        due = self._due
+    def _look_at(self, at_ns: int) -> None:
+        if at_ns < self._look_ns:  # noqa: PLR1730  min() is called
+            self._look_ns = at_ns
+
+    def _first_due_ns(self) -> int:
+        """When the first of all is due; what is due for nobody any more is let go."""
+        first, due = _NEVER_NS, self._due
         while due:
             at_ns, number, identity = due[0]
-            procedure = self._running.get(identity)
-            if (
-                procedure is not None
-                and procedure.due_ns == at_ns
-                and procedure.acquisition.procedure == number
-            ):
-                return at_ns
+            procedure = self._numbered(identity, number)
+            if procedure is not None and procedure.due_ns == at_ns:
+                first = at_ns
+                break
             heapq.heappop(due)
-        return None
+        if self._release_due:
+            first = min(first, self._release_due[0][0])
+        for _, _, deadline_ns in self._ahead.values():
+            first = min(first, deadline_ns)
+        return first
 
     # --- inputs: topology and session ---
 
@@ -360,6 +361,7 @@ class Claims:
             )
         if epoch > table.epoch:
             self._ahead[to] = (identity, epoch, deadline_ns)
+            self._look_at(deadline_ns)
             return (NeedTopology(epoch),)
         owner = table.owner_of(identity)
         if owner is None:
@@ -537,6 +539,7 @@ class Claims:
                     self._release_due,
                     (at_ns, request.acquisition.procedure, *key),
                 )
+                self._look_at(at_ns)
             return ()
         self._releasing.pop(key, None)
         return tuple(
@@ -629,7 +632,9 @@ class Claims:
             procedure = self._numbered(identity, number)
             if procedure is not None and procedure.due_ns == due_ns:
                 effects += self._again(procedure, now_ns)
-        return (*effects, *self._admit(now_ns))
+        effects += self._admit(now_ns)
+        self._look_ns = self._first_due_ns()
+        return tuple(effects)
 
     # --- steps ---
 
@@ -666,6 +671,7 @@ class Claims:
             self._due,
             (procedure.due_ns, procedure.acquisition.procedure, procedure.identity),
         )
+        self._look_at(procedure.due_ns)
 
     def _acquire(self, procedure: _Procedure, now_ns: int) -> tuple[ClaimEffect, ...]:
         procedure.awaiting = procedure.holder = None
