@@ -10,7 +10,11 @@ Imported by who connects: nats-py is an extra.
 """
 
 import asyncio
+import os
+import socket
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import nats.aio.client
@@ -38,6 +42,63 @@ def at_once(hear: Hear) -> Any:
     return received
 
 
+class _Straight:
+    """The socket of a transport, for other threads to write to between its own writes.
+
+    To wake the thread of the loop takes as long as all else of a short message. While
+    the transport holds something that the socket had no room for, it alone writes.
+    """
+
+    def __init__(self, wire: Any, transport: asyncio.WriteTransport) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._held_size = transport.get_write_buffer_size
+        self._write, self._writelines = wire.write, wire.writelines
+        #: What is left of one that went out in part; all else waits for it.
+        self._rest: list[bytes] = []
+        own = transport.get_extra_info("socket")
+        # Of its own, so that no number of a socket closed meanwhile is written to.
+        self._socket = socket.socket(fileno=os.dup(own.fileno()))
+        self._socket.setblocking(False)
+        wire.write, wire.writelines = self._write_own, self._writelines_own
+
+    def write(self, data: bytes) -> bool:
+        """Write; false where nothing of it was written."""
+        with self._lock:
+            if self._rest or self._held_size():
+                return False
+            try:
+                written = self._socket.send(data)
+            except OSError:  # no room, or closed: whoever reads it hears of that
+                return False
+            if written < len(data):
+                self._rest.append(data[written:])
+                # Where the loop has ended, the connection has too.
+                with suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(self._write_rest)
+            return True
+
+    def close(self) -> None:
+        """Write no more."""
+        with self._lock:
+            self._socket.close()
+
+    def _write_own(self, data: bytes) -> None:
+        self._writelines_own([data])
+
+    def _writelines_own(self, data: list[bytes]) -> None:
+        with self._lock:
+            if self._rest:
+                self._rest += data
+            else:
+                self._writelines(data)
+
+    def _write_rest(self) -> None:
+        with self._lock:
+            rest, self._rest = self._rest, []
+            self._writelines(rest)
+
+
 class NatsClient(nats.aio.client.Client):
     """A client of one connection, which it never makes anew.
 
@@ -50,6 +111,7 @@ class NatsClient(nats.aio.client.Client):
         self._url = url
         self._heard = heard
         self._is_to_write = False
+        self._straight: _Straight | None = None
 
     # --- out ---
 
@@ -90,6 +152,35 @@ class NatsClient(nats.aio.client.Client):
             wire.writelines(held)
         elif queue.empty():
             queue.put_nowait(asyncio.get_running_loop().create_future())
+
+    # --- out, from any thread ---
+
+    def open_straight(self) -> None:
+        """Once it is connected: let `say_straight` write to its socket, if it can."""
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None and writer.transport.get_extra_info("ssl_object") is None:
+            self._straight = _Straight(self._transport, writer.transport)
+
+    def close_straight(self) -> None:
+        """Let go of the socket, which stays open as long as this holds it."""
+        straight, self._straight = self._straight, None
+        if straight is not None:
+            straight.close()
+
+    def say_straight(self, subject: str, data: bytes) -> bool:
+        """Publish on the caller's thread, which may be any; false: it was not.
+
+        Whoever calls it sees to it that nothing that was said before waits.
+        """
+        straight = self._straight
+        if straight is None or self._pending:
+            return False
+        line = f"PUB {subject}  {len(data)}\r\n".encode()
+        if not straight.write(b"".join((line, data, b"\r\n"))):
+            return False
+        self.stats["out_msgs"] += 1
+        self.stats["out_bytes"] += len(data)
+        return True
 
     # --- in ---
 

@@ -15,6 +15,7 @@ import re
 import socket
 import ssl
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -57,6 +58,9 @@ FLUSH_S = 2.0
 #: What waits for the loop, besides what the client and the system's socket hold.
 OUTBOUND_BYTES_MAX = 16 << 20
 _CLIENT_BYTES_MAX = 2 << 20
+#: What no other frame was published before for so long is written at once.
+_LONELY_NS = 200_000
+_STRAIGHT_BYTES_MAX = 4_096
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.05, 1.0
 
 _SUBSCRIPTION = re.compile(
@@ -141,6 +145,7 @@ class NatsConnection:
         self._outbound_bytes = 0
         self._is_draining = False
         self._is_full = False
+        self._published_ns = 0
         self._is_over = threading.Event()
         self._owns_thread = thread is None
         self._thread = thread or LoopThread(f"nats-{name}")
@@ -275,6 +280,8 @@ class NatsConnection:
                     self._is_full = True
                     self._thread.soon(self._say_full)
                 return False
+            if self._is_lonely(size) and self._client.say_straight(subject, data):
+                return True
             self._outbound.append((subject, data))
             self._outbound_bytes += size
             if self._is_draining:
@@ -282,6 +289,21 @@ class NatsConnection:
             self._is_draining = True
         # One wake-up for all that is handed over until the loop has come to it.
         return self._thread.soon(self._drain_soon)
+
+    def _is_lonely(self, size: int) -> bool:
+        """Whether a frame is best written at once, by whoever publishes it.
+
+        One that follows another closely is not: those that the loop publishes go out
+        together. Under the lock.
+        """
+        now_ns = time.monotonic_ns()
+        since_ns, self._published_ns = now_ns - self._published_ns, now_ns
+        return (
+            since_ns > _LONELY_NS
+            and size <= _STRAIGHT_BYTES_MAX
+            and not self._is_draining
+            and not self._thread.is_current()
+        )
 
     def subscribe(
         self,
@@ -486,6 +508,7 @@ class NatsConnection:
             cause = errors[-1] if errors else raised
             raise self._failure(cause) from cause
         self.max_payload = client.max_payload
+        client.open_straight()
         self._lost.clear()
         with self._lock:
             self._client = client
@@ -696,6 +719,7 @@ def _credentials(url: NatsUrl) -> dict[str, Any]:
 
 async def _end_client(client: "NatsClient", *, timeout_s: float = 1.0) -> None:
     """Close it, or at least its socket: a peer that reads nothing holds up nobody."""
+    client.close_straight()
     with suppress(Exception):
         await asyncio.wait_for(client.close(), timeout_s)
     wire = getattr(client, "_transport", None)
