@@ -483,9 +483,9 @@ def _defect(variant: type[Variant], seed: int, *rules: str) -> Defect:
 DEFECTS: dict[str, Defect] = {
     "unguarded": _defect(Unguarded, 1, "closed-session", "one-activation"),
     "lease-from-answer": _defect(
-        LeaseFromAnswer, 1, "closed-session", "one-activation"
+        LeaseFromAnswer, 2, "closed-session", "one-activation"
     ),
-    "no-margin": _defect(NoMargin, 11, "closed-session", "one-activation"),
+    "no-margin": _defect(NoMargin, 8, "closed-session", "one-activation"),
     "entry-after-start": _defect(EntryAfterStart, 1, "entry-first"),
     "entry-replaced": _defect(EntryReplaced, 1, "owner-open"),
     "close-ignores-count": _defect(
@@ -494,14 +494,14 @@ DEFECTS: dict[str, Defect] = {
     "late-release": _defect(LateRelease, 1, "stale-write"),
     "stale-save": _defect(StaleSave, 2, "stale-write"),
     "no-output-gate": _defect(NoOutputGate, 1, "saves-kept", "linearizable"),
-    "blind-repeat": _defect(BlindRepeat, 1, "saves-kept", "linearizable"),
+    "blind-repeat": _defect(BlindRepeat, 3, "saves-kept", "linearizable"),
     "sent-again": _defect(SentAgain, 1, "handled-once"),
     "handled-twice": _defect(HandledTwice, 1, "handled-once"),
     "order-lost": _defect(OrderLost, 1, "order"),
     "lost-lock": _defect(LostLock, 1, "reachable", "left-behind"),
     "old-redirect": _defect(OldRedirect, 2, "bounded-work"),
     "stale-cache": _defect(StaleCache, 1, "reachable"),
-    "forgotten-waiter": _defect(ForgottenWaiter, 6, "reachable", "left-behind"),
+    "forgotten-waiter": _defect(ForgottenWaiter, 1, "reachable", "left-behind"),
 }
 
 

@@ -109,10 +109,19 @@ def test_what_goes_past_the_loop_is_whole_and_in_order_whoever_writes_besides() 
 def test_a_message_that_goes_out_in_part_has_nothing_before_its_rest() -> None:
     with ends() as both:
         large = bytes(range(256)) * 8_192
+        entered, hold = threading.Event(), threading.Event()
+
+        def busy() -> None:
+            entered.set()
+            hold.wait(20)
+            both.wire.write(b"own")
+
+        both.thread.soon(busy)
+        assert entered.wait(20)
         assert both.straight.write(large)
         # The socket has taken some of it: neither of these may come in between.
         assert not both.straight.write(b"never")
-        both.write_own(b"own")
+        hold.set()
         assert both.read(len(large) + 3) == large + b"own"
         eventually(lambda: both.straight.write(b"again"))
         assert both.read(5) == b"again"
