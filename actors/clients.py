@@ -44,6 +44,11 @@ FINDS_MAX = 100
 _SECOND_NS = 1_000_000_000
 
 _Key = tuple[Address, bool, int]
+#: What ends a wait, and where it says whose: resolutions are numbered as requests.
+_NUMBER_OF: dict[type[Frame], str] = {
+    **dict.fromkeys((Answer, Failure, Bounce), "message_id"),
+    **dict.fromkeys((Resolved, Redirect, Refused), "request"),
+}
 
 
 @dataclass(slots=True)
@@ -118,12 +123,16 @@ class Clients:
         assert isinstance(body, Resolve | Deliver)
         name = node_of(sender)
         with self._lock:
-            client = self._clients.setdefault(name, _Client())
-            if len(self._clients) > NAMES_MAX:
-                del self._clients[next(iter(self._clients))]
-            if not client.has_room(key, size):
+            client = self._clients.get(name)
+            if client is None:
+                client = self._clients[name] = _Client()
+                if len(self._clients) > NAMES_MAX:
+                    del self._clients[next(iter(self._clients))]
+            has_room = client.has_room(key, size)
+            if not has_room:
                 client.forget(now_ns)
-            if client.has_room(key, size):
+                has_room = client.has_room(key, size)
+            if has_room:
                 client.add(key, now_ns + body.remaining_ms * 1_000_000, size)
                 return None
             waiting = len(client.asked)
@@ -151,13 +160,10 @@ class Clients:
         """Something is sent to `to`: perhaps what it waits for."""
         if not self._clients:
             return
-        match body:
-            case Answer() | Failure() | Bounce():
-                key = (to, False, body.message_id)
-            case Resolved() | Redirect() | Refused():
-                key = (to, True, body.request)
-            case _:
-                return
+        number = _NUMBER_OF.get(type(body))
+        if number is None:
+            return
+        key = (to, number == "request", getattr(body, number))
         name = node_of(to)
         with self._lock:
             client = self._clients.get(name)

@@ -13,6 +13,7 @@ names never come back.
 
 import asyncio
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -125,6 +126,9 @@ class Bucket:
         self._number = 0
         self._deaf = ""
         self._waiting: dict[str, tuple[asyncio.Future[bytes], str]] = {}
+        # Until when each is waited for, and one timer for the first of them.
+        self._until: dict[asyncio.Future[bytes], float] = {}
+        self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
 
     @property
@@ -308,7 +312,9 @@ class Bucket:
         reply = f"{self._inbox}.{self._number}"
         future: asyncio.Future[bytes] = loop.create_future()
         self._waiting[reply] = (future, subject)
-        timer = loop.call_at(until, self._expire, future)
+        self._until[future] = until
+        if self._timer is None or until < self._timer.when():
+            self._look_at(until)
         try:
             if client.pending_data_size > _HELD_BYTES_MAX:
                 await client.flush(timeout=max(1, round(until - loop.time())))
@@ -320,8 +326,7 @@ class Bucket:
         except Exception as error:
             raise NoAnswer(f"{self._where}: {error}") from error
         finally:
-            timer.cancel()
-            del self._waiting[reply]
+            del self._waiting[reply], self._until[future]
 
     def _nobody(self, subject: str) -> BucketError:
         if not self.client._server_info.get("jetstream"):  # noqa: SLF001
@@ -337,9 +342,24 @@ class Bucket:
         else:
             future.set_result(data)
 
-    def _expire(self, future: "asyncio.Future[bytes]") -> None:
-        if not future.done():
-            future.set_exception(NoAnswer(f"{self._where}: no answer in time"))
+    def _look_at(self, until: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(until, self._expire)
+
+    def _expire(self) -> None:
+        """Wait no longer for what was to be answered by now."""
+        self._timer = None
+        now, first = self._loop.time(), math.inf
+        for future, until in self._until.items():
+            if future.done():
+                continue
+            if until <= now:
+                future.set_exception(NoAnswer(f"{self._where}: no answer in time"))
+            else:
+                first = min(first, until)
+        if first < math.inf:
+            self._look_at(first)
 
     def refuse(self, said: str) -> None:
         """Take in what the server says that it does not permit."""
