@@ -149,6 +149,30 @@ def test_frames_arrive_in_order_on_the_thread_of_the_connection(
     }
 
 
+@pytest.fixture
+def all_by_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever publishes writes nothing itself."""
+    monkeypatch.setattr(connection_module, "_LONELY_NS", 1 << 62)
+
+
+def test_a_lonely_frame_goes_out_though_the_thread_is_busy(server: NatsServer) -> None:
+    got: list[bytes] = []
+    with connected(server.url) as connection, connected(server.url) as reader:
+        reader.subscribe("lonely", lambda _, data: got.append(data))
+        hold = threading.Event()
+        connection.thread.soon(lambda: hold.wait(60))
+        assert connection.publish("lonely", b"first")
+        eventually(lambda: got == [b"first"])
+        # These follow it closely: they go out together, by the loop.
+        more = [b"%d" % number for number in range(100)]
+        for data in (b"second", *more):
+            assert connection.publish("lonely", data)
+        hold.set()
+        eventually(lambda: len(got) == 102)
+        assert got == [b"first", b"second", *more]
+
+
+@pytest.mark.usefixtures("all_by_the_loop")
 def test_one_wake_up_hands_over_many_frames(server: NatsServer) -> None:
     packs: list[int] = []
 
@@ -166,6 +190,7 @@ def test_one_wake_up_hands_over_many_frames(server: NatsServer) -> None:
     assert packs == [500]
 
 
+@pytest.mark.usefixtures("all_by_the_loop")
 def test_a_full_outbound_buffer_is_a_failure_that_is_seen(server: NatsServer) -> None:
     with connected(server.url, outbound_bytes_max=1_000) as connection:
         events: list[ConnectionEvent] = []
@@ -319,6 +344,7 @@ def test_it_is_connected_again_when_the_server_has_its_subscriptions(
     assert done == ["Disconnected", "the server has there", "Reconnected"]
 
 
+@pytest.mark.usefixtures("all_by_the_loop")
 def test_frames_go_out_again_though_the_last_ones_were_lost_before_they_could(
     server: NatsServer,
 ) -> None:
