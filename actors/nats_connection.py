@@ -300,7 +300,7 @@ class NatsConnection:
         since_ns, self._published_ns = now_ns - self._published_ns, now_ns
         return (
             since_ns > _LONELY_NS
-            and size <= _STRAIGHT_BYTES_MAX
+            and size <= min(_STRAIGHT_BYTES_MAX, self.max_payload)
             and not self._is_draining
             and not self._thread.is_current()
         )
