@@ -7,6 +7,7 @@ when the store has confirmed that save (the output gate).
 
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from random import Random
 from types import CoroutineType
@@ -16,6 +17,7 @@ import msgspec
 
 from actors.context import Context, Timer
 from actors.dispatch import Dispatcher
+from actors.dispatch import Timer as DueTurn
 from actors.future import Future, running
 from actors.grain import Surface, decode_rejected, encode_rejected
 from actors.kind import Kind
@@ -876,13 +878,18 @@ class GrainActivation:
 
     def _emit(
         self, leave: Callable[[], None], never: Callable[[PlacementError], None]
-    ) -> None:
+    ) -> bool:
+        """Let an output leave, or say that it never will; true: it has to wait."""
         if self._gate.put(leave, never):
-            return
+            return True
         if self.guard.is_open(self._host.now_ns()):
             leave()
         else:
             never(self._unknown())
+        return False
+
+    def _call_at(self, when_ns: int, turn: Callable[[], object]) -> DueTurn:
+        return self._host.dispatcher.call_at(when_ns, turn)
 
     def _unknown(self) -> PlacementError:
         return OutcomeUnknown(f"{self.pid.identity}: its host lost its lease")
@@ -971,17 +978,34 @@ class GrainActivation:
             future.set_error(Deadlock(" -> ".join((*chain, identity))))
         else:
             copy = payloads.copy(payload)
-            self._emit(
-                lambda: self._host.send(
+            host = self._host
+            seconds = host.ask_timeout if timeout is None else timeout
+            due_ns = host.now_ns() + max(0, round(seconds * 1e9))
+            # Whoever takes this away decides: it is sent, or its time is over.
+            unsent = [future]
+
+            def leave() -> None:
+                try:
+                    asked = unsent.pop()
+                except IndexError:
+                    return
+                host.send(
                     identity,
                     copy,
-                    future=future,
-                    timeout=timeout,
+                    future=asked,
+                    timeout=max(0, due_ns - host.now_ns()) / 1e9,
                     request_id=request_id,
                     chain=chain,
-                ),
-                future.set_error,
-            )
+                )
+
+            def be_late() -> None:
+                with suppress(IndexError):
+                    why = "a save before it is not confirmed yet"
+                    unsent.pop().set_error(Pending(f"{identity}: not asked: {why}"))
+
+            if self._emit(leave, future.set_error):
+                timer = self._call_at(due_ns, be_late)
+                future.on_done(lambda _: timer.cancel())
         return future
 
     def _chain(self) -> tuple[str, ...]:

@@ -246,11 +246,12 @@ class StaleSave(Variant):
 class _UngatedActivation(GrainActivation):
     def _emit(
         self, leave: Callable[[], None], never: Callable[[PlacementError], None]
-    ) -> None:
+    ) -> bool:
         if self.guard.is_open(self._host.now_ns()):
             leave()
         else:
             never(self._unknown())
+        return False
 
 
 class _UngatedNode(PlacementNode):

@@ -195,7 +195,7 @@ def _tell(seed: int, scenario: Scenario, *, is_shrunk: bool) -> None:
     if scenario.defect:
         again += f" --defect {scenario.defect}"
     defaults = Scenario()
-    for name in ("nodes", "identities", "requests"):
+    for name in ("nodes", "identities", "requests", "store"):
         if getattr(scenario, name) != getattr(defaults, name):
             again += f" --{name} {getattr(scenario, name)}"
     lines.append(f"again: {again}")

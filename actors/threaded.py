@@ -348,9 +348,14 @@ class ThreadedActivation(GrainActivation):
 
     def _emit(
         self, leave: Callable[[], None], never: Callable[[PlacementError], None]
-    ) -> None:
+    ) -> bool:
         with self._lock:
-            super()._emit(leave, never)
+            return super()._emit(leave, never)
+
+    def _call_at(self, when_ns: int, turn: Callable[[], object]) -> Timer:
+        # Its own thread may be waiting for the answer.
+        timer: Timer = self._grains_host.dispatcher.call_at(when_ns, turn)
+        return timer
 
     def save(self, snapshot: bytes) -> None:
         """Store `snapshot`; what is sent from now on waits for it."""

@@ -19,3 +19,11 @@ def test_seed_600_comes_to_an_end_when_the_last_members_have_left() -> None:
     found = Trial(600, Scenario(faults=FAULTS)).perform()
 
     assert found.violations == ()
+
+
+def test_seed_18_over_nats_what_waits_for_a_save_ends_by_its_deadline() -> None:
+    """What an activation asked after a save began its time when that was confirmed."""
+    faults = ("churn", "crash", "delay", "store-slow", STALE)
+    scenario = Scenario(faults=faults, store="nats", identities=40, requests=1_500)
+
+    assert Trial(18, scenario).perform().violations == ()

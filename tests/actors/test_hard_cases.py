@@ -50,6 +50,17 @@ class Counting(Grain[Total]):
         await self.context.ref(identity).ask_async("please", timeout=60.0)
         return "at last"
 
+    @handler
+    async def save_then_tell(self, identity: str, number: int) -> list[Any]:
+        """How what waits for the save has ended, and after how long."""
+        self.save()
+        began_s = self.context.now()
+        try:
+            found = await self.context.ref(identity).ask_async(number, timeout=1.0)
+        except PlacementError as error:
+            found = str(error)
+        return [found, round(self.context.now() - began_s, 3)]
+
 
 class Distant(Counting):
     """Hosted elsewhere than where it is decided on."""
@@ -266,6 +277,27 @@ def change_crash(cluster: SimulatedCluster, home: str) -> None:
 
 def change_leave(cluster: SimulatedCluster, home: str) -> None:
     cluster.node(home).begin_stop()
+
+
+def test_what_waits_for_a_save_ends_by_its_own_deadline_and_is_not_sent_later(
+    cluster: SimulatedCluster,
+) -> None:
+    counting = cluster.proxy(Counting, "1")
+    cluster.ask(counting.add())
+    cluster.ref("note/1").ask(0)
+    home = cluster.resolve("count/1").pid.node
+
+    cluster.store.fail("slow", nodes={home}, times=1, delay=0.5)
+    found, seconds = cluster.ask(counting.save_then_tell("note/1", 1))
+    assert found == [0, 1]
+    assert 0.5 <= seconds < 1.0
+
+    cluster.store.fail("slow", nodes={home}, times=1, delay=2.5)
+    found, seconds = cluster.ask(counting.save_then_tell("note/1", 2))
+    assert "is not confirmed yet" in found
+    assert seconds == 1.0
+    cluster.advance(5)
+    assert cluster.ref("note/1").ask("read") == [0, 1]
 
 
 @pytest.mark.parametrize("change", [change_join, change_crash, change_leave])
