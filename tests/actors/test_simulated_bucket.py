@@ -13,8 +13,6 @@ from actors import nats_entries as entries_module
 from actors.conformance import StoreConformance
 from actors.driven_loop import DrivenLoop
 from actors.faults import FAULTS, STALE
-from actors.nats_bucket import Bucket
-from actors.nats_sessions import NatsSessions
 from actors.simulated_bucket import BucketContents, SimulatedBucketStore
 from actors.simulated_store import StoreCounter, Trouble
 from actors.trace import EntryClaimed, EntryGivenUp, EntrySaved, Record, SessionChanged
@@ -299,19 +297,4 @@ def test_a_connection_that_confirms_by_reading_alone_is_found(
 ) -> None:
     monkeypatch.setattr(entries_module, "_is_to_confirm", lambda *_: False)
 
-    assert {each.rule for each in trial(5).violations} == {"left-behind"}
-
-
-@pytest.mark.seeds
-def test_a_connection_that_takes_absent_sessions_for_closed_is_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async def settle(
-        _: NatsSessions, bucket: Bucket, session: SessionId, until: float
-    ) -> SessionRecord:
-        return SessionRecord(session=session, ttl_ms=0, closed=True)
-
-    monkeypatch.setattr(NatsSessions, "settle", settle)
-
-    rules = {each.rule for each in trial(16).violations}
-    assert {"owner-open", "one-activation"} <= rules
+    assert {each.rule for each in trial(129).violations} == {"left-behind"}
