@@ -13,12 +13,16 @@ from actors import nats_entries as entries_module
 from actors.conformance import StoreConformance
 from actors.driven_loop import DrivenLoop
 from actors.faults import FAULTS, STALE
+from actors.nats_bucket import Bucket
+from actors.nats_sessions import NatsSessions
 from actors.simulated_bucket import BucketContents, SimulatedBucketStore
 from actors.simulated_store import StoreCounter, Trouble
 from actors.trace import EntryClaimed, EntryGivenUp, EntrySaved, Record, SessionChanged
 from actors.trial import Result, Scenario, Trial
 from actors.world import World
 from placement.contracts import (
+    Acquire,
+    Acquired,
     Claim,
     Claimed,
     Failed,
@@ -31,6 +35,7 @@ from placement.contracts import (
     Store,
     StoreFailure,
 )
+from placement.entry import Acquisition
 from placement.identity import Identity
 from placement.topology import SessionId
 from tests.actors.actors_under_test import Account
@@ -141,6 +146,44 @@ def test_a_reading_may_be_old_and_grants_nothing() -> None:
         assert not isinstance(refused, Claimed)
     assert setting.contents.rows[CART].owner == A
     assert setting.contents.rows[CART].fencing_token == made.entry.fencing_token
+
+
+async def take_for_closed(
+    _: NatsSessions, bucket: Bucket, session: SessionId, until: float
+) -> SessionRecord:
+    """Write nothing about a session that was not found."""
+    return SessionRecord(session=session, ttl_ms=0, closed=True)
+
+
+@pytest.mark.parametrize("is_settled", [True, False])
+def test_a_session_that_an_old_reading_lacks_is_over_only_once_that_is_written(
+    is_settled: bool,  # noqa: FBT001
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not is_settled:
+        monkeypatch.setattr(NatsSessions, "settle", take_for_closed)
+    owners = set()
+    for seed in range(150):
+        setting = Setting(seed)
+        here, there = setting.connect(), setting.connect()
+        assert here.open_session(SessionRecord(session=B, ttl_ms=1_000))
+        setting.wait(2.0)
+        assert there.open_session(SessionRecord(session=A, ttl_ms=1_000))
+        (made,) = there.claim([claim(A)])
+        assert isinstance(made, Claimed)
+        # Of readings up to a second old half are older than that, each by itself.
+        setting.wait(0.5)
+        setting.wrong.now = Trouble("stale", 1_000_000_000)
+        lock = Acquisition(B, 1)
+        with here.transaction():
+            (acquired,) = here.try_acquire([Acquire(CART, lock)])
+            if isinstance(acquired, Acquired):
+                revision = acquired.entry.revision
+                here.claim([Claim(CART, B, 2, lock, revision)])
+        owners.add(setting.contents.rows[CART].owner)
+
+    # Where nobody writes that it never was, an open session is robbed.
+    assert owners == ({A} if is_settled else {A, B})
 
 
 def test_a_write_may_arrive_late_and_then_finds_another_revision() -> None:
