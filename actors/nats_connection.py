@@ -644,9 +644,15 @@ class NatsConnection:
                         # Else what waits now is of the next connection.
                         if client is self._client:
                             self._outbound_bytes -= size
-            except asyncio.CancelledError:
+            except BaseException as error:
                 with self._lock:
                     self.counts["frames lost with their connection"] += left
+                    if not isinstance(error, asyncio.CancelledError):
+                        # A bug, told by whoever runs this: what comes goes on.
+                        self._is_draining = False
+                        self._outbound_bytes = sum(
+                            len(data) for _, data in self._outbound
+                        )
                 raise
 
     async def _publish_all(

@@ -191,6 +191,25 @@ def test_one_wake_up_hands_over_many_frames(server: NatsServer) -> None:
 
 
 @pytest.mark.usefixtures("all_by_the_loop")
+def test_a_bug_on_the_way_out_loses_what_it_was_about_and_nothing_later(
+    server: NatsServer,
+) -> None:
+    def pack(frames: Any, limit: int) -> Any:
+        if b"bug" in frames:
+            raise ZeroDivisionError
+        return frames
+
+    got: list[bytes] = []
+    with connected(server.url, pack=pack) as connection:
+        connection.subscribe("bug", lambda _, data: got.append(data))
+        assert connection.publish("bug", b"bug")
+        lost = "frames lost with their connection"
+        eventually(lambda: connection.counts[lost] == 1)
+        assert connection.publish("bug", b"after")
+        eventually(lambda: got == [b"after"])
+
+
+@pytest.mark.usefixtures("all_by_the_loop")
 def test_a_full_outbound_buffer_is_a_failure_that_is_seen(server: NatsServer) -> None:
     with connected(server.url, outbound_bytes_max=1_000) as connection:
         events: list[ConnectionEvent] = []
