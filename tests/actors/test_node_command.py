@@ -131,7 +131,7 @@ def store_in(folder: Path, kind: str) -> str | None:
     return None if kind == "nats" else f"sqlite:///{folder}/shared.db"
 
 
-@pytest.fixture(params=["nats", "sqlite"])
+@pytest.fixture(params=["nats", pytest.param("sqlite", marks=pytest.mark.long)])
 def store_kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
