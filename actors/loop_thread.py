@@ -89,12 +89,14 @@ class LoopThread:
         """Run what was asked for on this thread, and what that asks for."""
         self._is_near = self._is_hearing = True
         near = self._near
-        while near:
-            try:
-                near.popleft()()
-            except Exception:  # of one; the others have their turn
-                log.exception("a turn on the thread of a connection raised")
-        self._is_near = self._is_hearing = False
+        try:
+            while near:
+                try:
+                    near.popleft()()
+                except Exception:  # of one; the others have their turn
+                    log.exception("a turn on the thread of a connection raised")
+        finally:
+            self._is_near = self._is_hearing = False
 
     def _run(self) -> None:
         loop = self.loop

@@ -148,8 +148,9 @@ class NatsClient(nats.aio.client.Client):
             return
         writer = getattr(wire, "_io_writer", None)
         if writer is not None and not writer.transport.get_write_buffer_size():
-            self._pending, self._pending_data_size = [], 0
+            # In this order: while it is not written nobody may write past it.
             wire.writelines(held)
+            self._pending, self._pending_data_size = [], 0
         elif queue.empty():
             queue.put_nowait(asyncio.get_running_loop().create_future())
 
@@ -170,17 +171,14 @@ class NatsClient(nats.aio.client.Client):
     def say_straight(self, subject: str, data: bytes) -> bool:
         """Publish on the caller's thread, which may be any; false: it was not.
 
-        Whoever calls it sees to it that nothing that was said before waits.
+        Whoever calls it sees to it that nothing that was said before waits. Not among
+        `stats`, which are of the loop's thread.
         """
         straight = self._straight
         if straight is None or self._pending:
             return False
         line = f"PUB {subject}  {len(data)}\r\n".encode()
-        if not straight.write(b"".join((line, data, b"\r\n"))):
-            return False
-        self.stats["out_msgs"] += 1
-        self.stats["out_bytes"] += len(data)
-        return True
+        return straight.write(b"".join((line, data, b"\r\n")))
 
     # --- in ---
 

@@ -644,6 +644,11 @@ class NatsConnection:
                         # Else what waits now is of the next connection.
                         if client is self._client:
                             self._outbound_bytes -= size
+                        if not self._outbound and client is self._client:
+                            self._is_draining = self._is_full = False
+                            return
+                    # Who publishes as fast as this does must not keep the loop.
+                    await asyncio.sleep(0)
             except BaseException as error:
                 with self._lock:
                     self.counts["frames lost with their connection"] += left
