@@ -6,6 +6,7 @@ timers: under another dispatcher the same classes run step by step.
 
 import heapq
 import itertools
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -58,6 +59,12 @@ class Dispatcher(Protocol):
     def post(self, turn: Turn, /, *arguments: Any) -> None:
         """Run `turn` soon; from any thread. After a stop nothing happens."""
 
+    def post_urgent(self, turn: Turn, /, *arguments: Any) -> None:
+        """Run `turn` before what waits, after what is urgent too; from any thread.
+
+        For what a session lives by: a node that has much to do is not a dead one.
+        """
+
     def call_at(self, when_ns: int, turn: Turn, /, *arguments: Any) -> Timer:
         """Run `turn` once it is `when_ns`; from any thread."""
 
@@ -84,6 +91,7 @@ class TimedDispatcher:
         self.now_ns = clock.now_ns
         self._on_bug = on_bug
         self._turns: deque[tuple[Turn, tuple[Any, ...]]] = deque()
+        self._urgent: deque[tuple[Turn, tuple[Any, ...]]] = deque()
         self._timers: list[tuple[int, int, Timer]] = []
         self._timer_number = itertools.count()
         self._cancelled_count = 0
@@ -94,11 +102,27 @@ class TimedDispatcher:
         """Run `turn` soon; from any thread."""
         raise NotImplementedError
 
+    def post_urgent(self, turn: Turn, /, *arguments: Any) -> None:
+        """Run `turn` before what waits, after what is urgent too; from any thread."""
+        self._urgent.append((turn, arguments))
+        self._rouse()
+
     def call_at(self, when_ns: int, turn: Turn, /, *arguments: Any) -> Timer:
-        """Run `turn` once it is `when_ns`; from any thread."""
+        """Run `turn` once it is `when_ns`, before what waits then; from any thread."""
         timer = Timer(turn, arguments, self._timer_cancelled)
-        self.post(self._add_timer, when_ns, timer)
+        if self.busy_since_ns and self.is_current():
+            self._add_timer(when_ns, timer)
+        else:
+            self.post_urgent(self._add_timer, when_ns, timer)
         return timer
+
+    def is_current(self) -> bool:
+        """Whether the caller is a turn of this dispatcher."""
+        raise NotImplementedError
+
+    def _rouse(self) -> None:
+        """Have it look at what has been posted, where it sleeps."""
+        raise NotImplementedError
 
     def kill(self) -> None:
         """End after the turn under way, as a crash would: run nothing else."""
@@ -182,11 +206,11 @@ class ThreadDispatcher(TimedDispatcher):
         """Run `turn` soon; from any thread."""
         self._turns.append((turn, arguments))
         if self._is_asleep:
-            self._wake()
+            self._rouse()
 
     def is_current(self) -> bool:
         """Whether the caller is a turn of this dispatcher."""
-        return threading.current_thread() is self._thread
+        return threading.get_ident() == self._thread.ident
 
     def stop(self, timeout_s: float) -> bool:
         """Run what has been posted, then end; false: it is still busy."""
@@ -197,8 +221,11 @@ class ThreadDispatcher(TimedDispatcher):
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        turns, now_ns = self._turns, self.now_ns
+        turns, urgent, now_ns = self._turns, self._urgent, self.now_ns
         while not self._is_ending:
+            if urgent:
+                self._take(*urgent.popleft())
+                continue
             wait_s = -1.0  # until it is woken
             if self._timers:
                 wait_s = (self._timers[0][0] - now_ns()) / 1e9
@@ -216,11 +243,13 @@ class ThreadDispatcher(TimedDispatcher):
         # First the flag, then the look: a turn posted in between wakes it, or is
         # seen; the other way round it would wait for the next one.
         self._is_asleep = True
-        if not self._turns:
+        if not self._turns and not self._urgent:
             self._bell.acquire(timeout=wait_s)
         self._is_asleep = False
 
-    def _wake(self) -> None:
+    def _rouse(self) -> None:
+        if not self._is_asleep:
+            return
         self._is_asleep = False
         # Somebody else may have done so just now. Where it had woken by itself it
         # finds the bell rung at its next sleep, and looks once in vain.
@@ -295,6 +324,8 @@ class DispatchedRef(pykka.ActorRef[Any]):
         #: As `tell`, in a turn of the actor's dispatcher: it is handled in that turn,
         #: where nothing waits before it.
         self.hand: Callable[[Any], None] = actor.take
+        #: As `hand`, before what waits.
+        self.hand_urgent: Callable[[Any], None] = actor.take_urgent
         self._is_stopped = self.actor_stopped.is_set
         self._put: Callable[[Any], None] = self.actor_inbox.put
 
@@ -312,12 +343,15 @@ class DispatchedRef(pykka.ActorRef[Any]):
 class DispatchedActor(pykka.Actor):
     """A pykka actor whose messages are handled in turns of a dispatcher.
 
-    Its inbox is drained up to `batch_max` messages a turn. As in pykka, an
-    exception that escapes a told message stops the actor: its state is not
-    trusted any more; `on_bug` tells its owner.
+    All that waits in its inbox when a turn begins is handled in that turn, up to
+    `batch_max`: what is left would wait for all turns that are posted meanwhile, and
+    what comes by such turns behind it, so that a burst would grow from turn to turn.
+
+    As in pykka, an exception that escapes a told message stops the actor: its state
+    is not trusted any more; `on_bug` tells its owner.
     """
 
-    batch_max: ClassVar[int] = 256
+    batch_max: ClassVar[int] = sys.maxsize
 
     @classmethod
     def start(cls, *args: Any, **kwargs: Any) -> DispatchedRef:
@@ -355,14 +389,20 @@ class DispatchedActor(pykka.Actor):
         if self._is_handling or self._envelopes:
             self.actor_ref.tell(message)
         else:
-            self._is_handling = True
-            try:
-                self.on_receive(message)
-            except BaseException as error:  # as one that was told
-                self._fail(error)
-                self._actor_loop_teardown()
-            finally:
-                self._is_handling = False
+            self.take_urgent(message)
+
+    def take_urgent(self, message: Any) -> None:
+        """Handle `message` in this turn, which is not one of the actor's own."""
+        if self.actor_stopped.is_set():
+            return
+        self._is_handling = True
+        try:
+            self.on_receive(message)
+        except BaseException as error:  # as one that was told
+            self._fail(error)
+            self._actor_loop_teardown()
+        finally:
+            self._is_handling = False
 
     @staticmethod
     def _create_actor_inbox() -> Any:
@@ -383,9 +423,8 @@ class DispatchedActor(pykka.Actor):
         inbox: Any = self.actor_inbox
         if self.actor_stopped.is_set():
             return
-        batch: list[Any] = []
-        while inbox.envelopes and len(batch) < self.batch_max:
-            batch.append(inbox.envelopes.popleft())
+        take = inbox.envelopes.popleft
+        batch = [take() for _ in range(min(len(inbox.envelopes), self.batch_max))]
         self._is_handling = True
         try:
             self._handle_batch(batch)

@@ -147,9 +147,7 @@ class LoopDispatcher(TimedDispatcher):
     def post(self, turn: Turn, /, *arguments: Any) -> None:
         """Run `turn` soon; from any thread."""
         self._turns.append((turn, arguments))
-        if not self._is_awake:
-            self._is_awake = True
-            self._thread.soon(self._run)
+        self._rouse()
 
     def is_current(self) -> bool:
         """Whether the caller is a turn of this dispatcher, or the loop's own."""
@@ -165,11 +163,18 @@ class LoopDispatcher(TimedDispatcher):
             return True
         return self._ended.wait(timeout_s)
 
+    def _rouse(self) -> None:
+        if not self._is_awake:
+            self._is_awake = True
+            self._thread.soon(self._run)
+
     def _run(self) -> None:
-        turns, left = self._turns, TURNS_AT_ONCE
+        turns, urgent, left = self._turns, self._urgent, TURNS_AT_ONCE
         while left and not self._is_ending:
             left -= 1
-            if self._timers and self._timers[0][0] <= self.now_ns():
+            if urgent:
+                self._take(*urgent.popleft())
+            elif self._timers and self._timers[0][0] <= self.now_ns():
                 # What was posted before has its turn too.
                 self._due()
                 if turns:
@@ -181,14 +186,15 @@ class LoopDispatcher(TimedDispatcher):
         if self._is_ending:
             self._disarm()
             turns.clear()
+            urgent.clear()
             self._ended.set()
             return
-        if not turns:
+        if not turns and not urgent:
             # First the flag, then the look: a turn posted in between is seen, or runs
             # this once more.
             self._is_awake = False
             self._arm()
-            if not turns or self._is_awake:
+            if not (turns or urgent) or self._is_awake:
                 return
             self._is_awake = True
         # Not sooner: the loop has its turn first.

@@ -50,6 +50,7 @@ from messages.frames import (
     Found,
     Frame,
     HolderAnswer,
+    LoopBack,
     Mark,
     Marked,
     OwnerAnswer,
@@ -476,6 +477,7 @@ class PlacementNode(Verbs):
             Redirect: self._to_outbox,
             Refused: self._to_outbox,
             Bounce: self._outbox.on_bounce,
+            LoopBack: self._echoed,
             Mark: self._mark,
             Marked: self._marked,
             Find: self._find,
@@ -933,6 +935,10 @@ class PlacementNode(Verbs):
 
     def _to_placement(self, sender: Address, body: Frame) -> None:
         self._placement.hand(Arrived(sender, body))
+
+    def _echoed(self, sender: Address, body: LoopBack) -> None:
+        # A turn of its own, urgent where the echo is this node's.
+        self._placement.hand_urgent(Arrived(sender, body))
 
     def _answered(self, _: Address, body: Answer) -> None:
         self._outbox.on_answer(body)

@@ -178,9 +178,9 @@ class StoreActor(DispatchedActor):
             with self._turnstile.urgent:
                 outcome = self._perform_session(request)
             self.request_count += len(asked)
-            # At once: a renewal's answer waits for nothing else.
+            # At once: a renewal's answer waits for nothing else, at either end.
             for perform in asked:
-                perform.to.post(_reply, [(perform, outcome)])
+                perform.to.post_urgent(_reply, [(perform, outcome)])
         if entries:
             steps = _steps(entries)
             with self._turnstile.patient:

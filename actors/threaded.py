@@ -81,6 +81,10 @@ class _InboxDispatcher:
         except pykka.ActorDeadError:
             return
 
+    def post_urgent(self, turn: Callable[..., object], /, *arguments: Any) -> None:
+        """Run `turn` soon: nothing of an actor is urgent."""
+        self.post(turn, *arguments)
+
     def call_at(
         self, when_ns: int, turn: Callable[..., object], /, *arguments: Any
     ) -> Timer:

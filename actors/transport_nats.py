@@ -191,11 +191,14 @@ class NatsTransport:
         except BadFrame as error:
             self._refuse(attached, "FrameRefused", str(error))
             return
+        is_echo = self._attached.get(origin.address) is attached
         why = self._take_in(origin, len(data), len(frames))
         if why:
             self._refuse(attached, "FramesDropped", why)
             return
-        self._dispatcher.post(self._hand_over, attached, frames, origin, len(data))
+        # What a node says to itself over the wire is urgent: see `Postbox`.
+        post = self._dispatcher.post_urgent if is_echo else self._dispatcher.post
+        post(self._hand_over, attached, frames, origin, len(data))
 
     def _take_in(self, origin: Origin, size: int, count: int) -> str:
         """Count what waits; or say why that is too much."""

@@ -210,6 +210,10 @@ class SteppedDispatcher:
         else:
             self._put(turn, arguments)
 
+    def post_urgent(self, turn: Turn, /, *arguments: Any) -> None:
+        """Run `turn` soon: what comes from a store may come at any time."""
+        self.post(turn, *arguments)
+
     def defer(self, turn: Turn, /, *arguments: Any) -> bool:
         """Have `turn` run when the turn under way has come so far; false: it has."""
         world = self._world

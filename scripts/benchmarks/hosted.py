@@ -145,6 +145,10 @@ class Turns:
         """Run it at the next `run`."""
         self._turns.append((turn, arguments))
 
+    def post_urgent(self, turn: Turn, /, *arguments: Any) -> None:
+        """Run it at the next `run`."""
+        self.post(turn, *arguments)
+
     def call_at(self, when_ns: int, turn: Turn, /, *arguments: Any) -> Timer:
         """Nobody sets timers here."""
         raise NotImplementedError

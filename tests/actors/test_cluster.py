@@ -16,6 +16,7 @@ from actors.engine import EmbeddedEngine, Settings
 from actors.future import Future
 from actors.grain import ARGUMENTS, CALL
 from actors.outbox import Outbox
+from actors.placement_actor import NeedNewTopology
 from actors.store_memory import MemoryStore
 from actors.store_url import open_store
 from actors.witness import ActivationWitness
@@ -1152,6 +1153,23 @@ def test_a_burst_of_asks_to_new_identities_is_answered_whole() -> None:
         assert sum(cluster.snapshot().activations.values()) == 5_000
         for name in cluster.nodes:
             assert cluster.node(name).events.counts["SessionLapsed"] == 0
+
+
+def test_a_node_that_has_much_to_do_for_long_stays_a_member() -> None:
+    with Cluster.embedded(nodes=1, kinds=KINDS, **FAST) as cluster:
+        node = cluster.node("node-1")
+        system = node._engine.system
+        done = threading.Event()
+        # Thrice the time to live, before all that is posted from now on; and more in
+        # the actor's inbox than it takes out in any of these turns.
+        for _ in range(300):
+            system.post(time.sleep, 0.01)
+            for _ in range(10):
+                node._tell_placement(NeedNewTopology(1))
+        system.post(done.set)
+        assert done.wait(30)
+        assert cluster.ref("echo/1").ask(1) == 1
+        assert node.events.counts["SessionLapsed"] == 0
 
 
 class WatchedOutbox(Outbox):

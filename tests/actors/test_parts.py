@@ -16,6 +16,7 @@ from actors.event_stream import WAITING_MAX, EventStream
 from actors.future import Future
 from actors.log import log, to_stderr
 from actors.lookup import PartitionIdentityLookup, PartitionIdentityLookupConfig
+from actors.loop_thread import LoopDispatcher, LoopThread
 from actors.node import PlacementNode
 from actors.outbox import Outbox
 from actors.postbox import DEPARTED_MAX, Postbox
@@ -70,6 +71,54 @@ def test_turns_run_in_order_and_one_that_raises_harms_no_other() -> None:
     assert len(bugs) == dispatcher.bug_count == 5
     assert dispatcher.stop(5)
     assert not dispatcher.is_current()
+
+
+def assert_urgent_turns_run_before_what_waits(
+    dispatcher: ThreadDispatcher | LoopDispatcher,
+) -> None:
+    got: list[str] = []
+    held, hold, done = threading.Event(), threading.Event(), threading.Event()
+
+    def hold_up() -> None:
+        held.set()
+        assert hold.wait(20)
+
+    def own_timer() -> None:
+        dispatcher.call_at(0, got.append, "own timer")
+
+    dispatcher.post(hold_up)
+    assert held.wait(20)
+    dispatcher.post(got.append, "waits")
+    dispatcher.post(own_timer)
+    dispatcher.post(got.append, "waits longer")
+    dispatcher.call_at(0, got.append, "timer")
+    dispatcher.post_urgent(got.append, "urgent")
+    dispatcher.post_urgent(got.append, "urgent too")
+    dispatcher.post(done.set)
+    hold.set()
+    assert done.wait(20)
+    assert got == [
+        *("urgent", "urgent too", "timer", "waits", "own timer", "waits longer")
+    ]
+    # It wakes for what is urgent alone.
+    done.clear()
+    dispatcher.post_urgent(done.set)
+    assert done.wait(20)
+
+
+def test_what_is_urgent_runs_before_what_waits() -> None:
+    dispatcher = ThreadDispatcher("d", CLOCK)
+    assert_urgent_turns_run_before_what_waits(dispatcher)
+    assert dispatcher.stop(5)
+
+
+def test_what_is_urgent_runs_before_what_waits_on_a_loop_too() -> None:
+    thread = LoopThread("loop")
+    dispatcher = LoopDispatcher(thread, CLOCK)
+    assert_urgent_turns_run_before_what_waits(dispatcher)
+    assert dispatcher.stop(5)
+    thread.soon(thread.stop)
+    thread.join(10)
 
 
 def test_timers_run_by_their_time_and_can_be_cancelled() -> None:
