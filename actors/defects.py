@@ -287,7 +287,12 @@ class BlindRepeat(Variant):
 
 
 class _ResendingOutbox(Outbox):
-    def adopt(self, table: PartitionTable, closed: Iterable[SessionId]) -> None:
+    def adopt(
+        self,
+        table: PartitionTable,
+        closed: Iterable[SessionId],
+        left: Iterable[SessionId] = (),
+    ) -> None:
         gone = frozenset(closed)
         with self.lock:
             again = [
@@ -295,7 +300,7 @@ class _ResendingOutbox(Outbox):
             ]
             for each in again:
                 each.session = None
-        super().adopt(table, gone)
+        super().adopt(table, gone, left)
         with self.lock:
             for each in again:
                 message = self._outgoing(each, identity_of(each), each.deadline_ns)

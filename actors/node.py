@@ -420,6 +420,9 @@ class PlacementNode(Verbs):
             need_topology=self._need_topology,
             publish=self._publish,
             ask_timeout=settings.ask_timeout,
+            linger_ns=round(
+                self._engine.transport.linger_s(settings.renew_every_s) * 1e9
+            ),
         )
         self._known, self._now_ns = self._outbox.known, clock.now_ns
         self._sender = _NodeSender(self._outbox, self._engine.future)
@@ -1038,7 +1041,12 @@ class PlacementNode(Verbs):
             self._coordinator, TopologyChanged(session, self._table, (), self._why_not)
         )
 
-    def adopted(self, topology: Topology, closed: tuple[SessionId, ...]) -> None:
+    def adopted(
+        self,
+        topology: Topology,
+        closed: tuple[SessionId, ...],
+        left: tuple[SessionId, ...],
+    ) -> None:
         """The members have changed, or sessions have closed."""
         table = self._engine.table(topology)
         is_new = self._table is None or self._table.epoch != table.epoch
@@ -1055,7 +1063,7 @@ class PlacementNode(Verbs):
         for over in closed:
             if address_of(over) not in addresses:
                 self._postbox.forget(address_of(over))
-        self._outbox.adopt(table, closed)
+        self._outbox.adopt(table, closed, left)
         with self._changed:
             self._adopted = table
             if self._state == "starting" and self.finds(self._session):

@@ -76,11 +76,14 @@ class Outbox:
         need_topology: Callable[[int], None],
         publish: Callable[[Happened], None],
         ask_timeout: float,
+        linger_ns: int = 0,
     ) -> None:
         self.lock = threading.RLock()
         self.ask_timeout = ask_timeout
         #: What `keep` was given for an identity; for any thread, without the lock.
         self.known = deliveries.cache.resolution
+        #: How long a node that has left sends back what it is sent.
+        self._linger_ns = linger_ns
         self._own = own
         self._dispatcher = dispatcher
         self._now_ns = dispatcher.now_ns
@@ -125,14 +128,47 @@ class Outbox:
         for each in asked.values():
             _end(each, NotReady(why) if each.session is None else OutcomeUnknown(why))
 
-    def adopt(self, table: PartitionTable, closed: Iterable[SessionId]) -> None:
-        """Resolve by `table`; no answer comes from `closed` sessions any more."""
-        gone = frozenset(closed)
+    def adopt(
+        self,
+        table: PartitionTable,
+        closed: Iterable[SessionId],
+        left: Iterable[SessionId] = (),
+    ) -> None:
+        """Resolve by `table`; no answer comes from `closed` sessions any more.
+
+        But from those that have `left`: where the wire is slower than the store that
+        tells of it, what was sent to them is answered or comes back yet.
+        """
+        gone, lingering = frozenset(closed), frozenset[SessionId]()
+        if self._linger_ns:
+            lingering = frozenset(s for s in left if address_of(s) != self._own)
         with self.lock:
             now_ns = self._now_ns()
-            self._perform(self._deliveries.adopt(table, gone, now_ns=now_ns))
+            until_ns = now_ns + self._linger_ns
+            asked = {
+                identity_of(each): each.session
+                for each in (self._asked.copy().values() if lingering else ())
+                if each.session in lingering
+            }
+            self._perform(
+                self._deliveries.adopt(
+                    table,
+                    gone,
+                    now_ns=now_ns,
+                    left=asked,
+                    left_addresses=frozenset(address_of(s) for s in lingering),
+                    until_ns=until_ns,
+                )
+            )
+            if asked:
+                self._dispatcher.call_at(until_ns, self._end_asked, lingering)
             if not self._deliveries.is_ready or not self._is_member(table, gone):
                 self._nothing_is_straight()
+        self._end_asked(gone - lingering)
+
+    def _end_asked(self, gone: frozenset[SessionId]) -> None:
+        """Nobody learns what became of what was asked there."""
+        with self.lock:
             ended = [
                 each
                 for number, each in self._asked.copy().items()

@@ -151,8 +151,13 @@ class Surroundings(Protocol):
         `chain` are the identities that wait for it.
         """
 
-    def adopted(self, topology: Topology, closed: tuple[SessionId, ...]) -> None:
-        """The members have changed."""
+    def adopted(
+        self,
+        topology: Topology,
+        closed: tuple[SessionId, ...],
+        left: tuple[SessionId, ...],
+    ) -> None:
+        """The members have changed; those of the `closed` have `left` in good order."""
 
     def session_changed(
         self, session: SessionId | None, why: str, guard: Guard | None = None
@@ -467,8 +472,8 @@ class PlacementActor(DispatchedActor):
                     self._guards.pop(session, None)
                 case SessionEnded():
                     self._node.session_ended()
-                case TopologyAdopted(topology, closed):
-                    self._node.adopted(topology, closed)
+                case TopologyAdopted(topology, closed, left):
+                    self._node.adopted(topology, closed, left)
                 case Happened():
                     self._publish(effect)
         self._alarm.set(self._machine.due_ns)

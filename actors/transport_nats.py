@@ -41,7 +41,7 @@ CLIENT_FRAMES_MAX = 8_192
 _REMEMBERED_MAX = 10_000
 _TOKENS, _FIND_TOKENS = 7, 5
 _QUEUE = "nodes"
-_LINGER = 1.25
+_LINGER = 1.5
 
 
 def subject_of(cluster: str, to: Address, sender: Address, *, is_node: bool) -> str:
@@ -167,7 +167,7 @@ class NatsTransport:
         return self._connection.publish(subject, data)
 
     def linger_s(self, renew_every_s: float) -> float:
-        """A little longer than others take to read the members anew."""
+        """Longer than others take to read the members anew."""
         return renew_every_s * _LINGER
 
     def _subject(self, address: Address, sender: Address) -> str:

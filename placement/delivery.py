@@ -12,8 +12,9 @@ bounce. Times are nanoseconds of the caller's clock.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TypeAlias
 
 from placement.claim import NeedTopology
@@ -24,7 +25,7 @@ from placement.identity import Identity
 from placement.partition import PartitionTable
 from placement.pidcache import PidCache
 from placement.retry import RetryPolicy
-from placement.topology import SessionId, address_of
+from placement.topology import Address, SessionId, address_of
 from placement.value import value
 
 BOUNCES_MAX = 16
@@ -111,6 +112,7 @@ DeliveryEffect: TypeAlias = (
 )
 
 
+_NOWHERE: Mapping[Identity, SessionId] = MappingProxyType({})
 _NOT_IN_TIME = Refusal("Pending", "its placement was not known in time")
 
 
@@ -118,7 +120,8 @@ _NOT_IN_TIME = Refusal("Pending", "its placement was not known in time")
 class _Hold:
     """The messages to one identity that wait, and for what.
 
-    `marked` is the activation whose mark is awaited; none while resolving.
+    `marked` is the activation whose mark is awaited; none while resolving. Of one
+    whose node has left it is awaited `until_ns` at the latest; 0: no such time.
     """
 
     identity: Identity
@@ -126,6 +129,7 @@ class _Hold:
     bounced: list[Outgoing] = field(default_factory=list)
     waiting: list[Outgoing] = field(default_factory=list)
     marked: Pid | None = None
+    until_ns: int = 0
     owner: SessionId | None = None
     followed_epoch: int = 0
     due_ns: int = 0
@@ -196,17 +200,33 @@ class Deliveries:
         return tuple(effects)
 
     def adopt(
-        self, table: PartitionTable, closed: Iterable[SessionId], *, now_ns: int
+        self,
+        table: PartitionTable,
+        closed: Iterable[SessionId],
+        *,
+        now_ns: int,
+        left: Mapping[Identity, SessionId] = _NOWHERE,
+        left_addresses: frozenset[Address] = frozenset(),
+        until_ns: int = 0,
     ) -> tuple[DeliveryEffect, ...]:
-        """Resolve by `table` from now on; nothing comes back from `closed`."""
+        """Resolve by `table` from now on; nothing comes back from `closed`.
+
+        But for messages under way to nodes that have `left`: the identities with such
+        messages, and where these went. They come back `until_ns` at the latest, and
+        until the mark behind them is back, later messages wait.
+        """
         self._table = table
         self._look_whether_ready()
         over = tuple(closed)
         gone = frozenset(address_of(session) for session in over)
         self._note_ended(over)
         effects: list[DeliveryEffect] = []
+        known: dict[Identity, Pid] = {}
         for pid in self.cache.adopt(table.topology):
-            self._note_over(pid.identity, pid.fencing_token)
+            if left.get(pid.identity) == pid.session:
+                known[pid.identity] = pid
+            else:
+                self._note_over(pid.identity, pid.fencing_token)
             effects.append(
                 Happened(
                     kind="cache",
@@ -219,11 +239,20 @@ class Deliveries:
             )
         for hold in sorted(self._held.values(), key=lambda each: each.identity):
             if hold.marked is not None:
-                if hold.marked.address in gone:
+                if hold.marked.address in left_addresses:
+                    hold.until_ns = until_ns
+                    self._due(hold, min(hold.due_ns, until_ns))
+                elif hold.marked.address in gone:
                     effects += self._resolve(hold, now_ns)
             elif hold.owner is None or hold.owner not in table.topology:
                 self._uncount(hold)
                 effects += self._resolve(hold, now_ns)
+        for identity in sorted(left):
+            if identity not in self._held:
+                hold = self._new_hold(identity)
+                hold.marked = known.get(identity) or Pid(identity, left[identity], 0)
+                hold.until_ns = until_ns
+                effects += self._mark(hold, now_ns)
         effects += self._admit(now_ns)
         for each in (self._asked_count, self._queues):
             for owner in [owner for owner in each if owner not in table.topology]:
@@ -326,6 +355,17 @@ class Deliveries:
         hold = self._by_request.get(mark)
         if hold is None or hold.identity != identity or hold.marked is None:
             return ()
+        return self._go_on(hold, now_ns)
+
+    def _go_on(self, hold: _Hold, now_ns: int) -> tuple[DeliveryEffect, ...]:
+        """Nothing more comes back: resolve, if anybody wants to know."""
+        if hold.until_ns and hold.marked is not None:
+            # Its node is gone for good: what came yet would be overtaken.
+            self._note_over(hold.identity, hold.marked.fencing_token)
+            hold.until_ns = 0
+        if not hold.bounced and not hold.waiting:
+            self._drop(hold)
+            return ()
         return self._resolve(hold, now_ns)
 
     # --- inputs: answers of coordinators ---
@@ -410,7 +450,12 @@ class Deliveries:
         due = [hold for hold in self._held.values() if hold.due_ns <= now_ns]
         for hold in sorted(due, key=lambda each: each.identity):
             effects += self._fail_late(hold, now_ns)
-            if not hold.bounced and not hold.waiting:
+            if hold.until_ns and hold.marked is not None:
+                if now_ns < hold.until_ns:
+                    effects += self._mark(hold, now_ns)
+                    continue
+                effects += self._go_on(hold, now_ns)
+            elif not hold.bounced and not hold.waiting:
                 self._drop(hold)
             elif hold.marked is not None:
                 effects += self._mark(hold, now_ns)
@@ -487,11 +532,12 @@ class Deliveries:
     def _mark(self, hold: _Hold, now_ns: int) -> tuple[DeliveryEffect, ...]:
         assert hold.marked is not None
         hold.sent += 1
-        self._until(hold, now_ns + _UNANSWERED.pause_ns(hold.sent))
+        again_ns = now_ns + _UNANSWERED.pause_ns(hold.sent)
+        self._until(hold, min(again_ns, hold.until_ns or again_ns))
         return (SendMark(hold.marked, hold.request),)
 
     def _resolve(self, hold: _Hold, now_ns: int) -> tuple[DeliveryEffect, ...]:
-        hold.marked = None
+        hold.marked, hold.until_ns = None, 0
         owner = None
         if self._table is not None:
             owner = self._table.owner_of(hold.identity)

@@ -102,10 +102,15 @@ class SessionEnded:
 
 @dataclass(frozen=True, slots=True)
 class TopologyAdopted:
-    """These are the members now; `closed` sessions are known to be over."""
+    """These are the members now; `closed` sessions are known to be over.
+
+    Those of them that have `left` were renewed shortly before: not a crash has ended
+    them, and what they were sent may still come back.
+    """
 
     topology: Topology
     closed: tuple[SessionId, ...]
+    left: tuple[SessionId, ...] = ()
 
 
 SessionEffect: TypeAlias = (
@@ -131,6 +136,9 @@ class Watch:
         self.is_known = False
         self._seen: dict[SessionId, tuple[SessionRecord, int]] = {}
         self._told: frozenset[SessionId] = frozenset()
+        #: Open, and asked to be closed for they stood still.
+        self._still: set[SessionId] = set()
+        self._left: frozenset[SessionId] = frozenset()
 
     def view(
         self, view: SessionView, now_ns: int
@@ -139,15 +147,16 @@ class Watch:
         open_now = {each.session: each for each in view.sessions if not each.closed}
         if view.topology.epoch < self.topology.epoch:
             return (), ()  # an older reading proves nothing
-        gone = [session for session in self._seen if session not in open_now]
-        for session in gone:
-            del self._seen[session]
+        seen_before = self._seen.copy()
+        for session in seen_before:
+            if session not in open_now:
+                del self._seen[session]
         for session, record in open_now.items():
             seen = self._seen.get(session)
             if seen is None or seen[0].count < record.count:
                 self._seen[session] = (record, now_ns)
         closed = {each.session for each in view.sessions if each.closed}
-        left = [
+        removed = [
             member.session
             for member in self.topology.members
             if member.session not in view.topology
@@ -156,14 +165,26 @@ class Watch:
         # were opened, and who is taken for over stays so.
         # And what is closed is told once, however long a record names it: who hears
         # of it may ask for a newer reading, which would say the same again.
-        over = tuple(sorted({*(closed - self._told), *left}))
+        over = tuple(sorted({*(closed - self._told), *removed}))
+        left = tuple(
+            session
+            for session in over
+            if session in self._left
+            or (
+                session in seen_before
+                and session not in self._still
+                and _was_renewed(*seen_before[session], now_ns)
+            )
+        )
+        self._still &= open_now.keys()
         named = {member.session for member in view.topology.members}
         self._told = frozenset(closed | (self._told & named))
+        self._left = (self._left | frozenset(left)) & (self._told | open_now.keys())
         is_new = view.topology.epoch > self.topology.epoch or not self.is_known
         effects: tuple[SessionEffect, ...] = ()
         if is_new or over:
             self.topology, self.is_known = view.topology, True
-            effects = (TopologyAdopted(view.topology, over),)
+            effects = (TopologyAdopted(view.topology, over, left),)
         dead = tuple(
             member.session
             for member in view.topology.members
@@ -181,6 +202,7 @@ class Watch:
                 continue
             # Asked again at each time to live, in case the answer is lost.
             self._seen[session] = (record, now_ns)
+            self._still.add(session)
             found.append(CloseSession(session, record.count))
         return found
 
@@ -201,6 +223,15 @@ class Watch:
     def counts(self) -> dict[SessionId, int]:
         """The open sessions and their counts."""
         return {session: record.count for session, (record, _) in self._seen.items()}
+
+
+def _was_renewed(record: SessionRecord, since_ns: int, now_ns: int) -> bool:
+    """Whether its count was seen to grow not long ago.
+
+    Who reads three times in a time to live has seen the count of one that expired
+    stand still for two thirds of it at least.
+    """
+    return (now_ns - since_ns) * 3 < record.ttl_ms * 1_000_000 * 2
 
 
 class Observer:

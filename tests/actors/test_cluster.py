@@ -1178,11 +1178,16 @@ class WatchedOutbox(Outbox):
     node: ClassVar[PlacementNode]
     states: ClassVar[list[str]] = []
 
-    def adopt(self, table: PartitionTable, closed: Iterable[SessionId]) -> None:
+    def adopt(
+        self,
+        table: PartitionTable,
+        closed: Iterable[SessionId],
+        left: Iterable[SessionId] = (),
+    ) -> None:
         session = self.node.session
         if session is not None and session in table.topology:
             self.states.append(self.node.state)
-        super().adopt(table, closed)
+        super().adopt(table, closed, left)
 
 
 class WatchedNode(PlacementNode):

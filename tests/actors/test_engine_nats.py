@@ -156,6 +156,37 @@ def test_who_knows_of_no_leave_yet_gets_its_messages_back(
             assert client.ref(f"echo/{number}").ask(number, timeout=20) == number
 
 
+def test_what_a_node_gives_back_after_others_know_that_it_has_left_is_not_lost(
+    server: NatsServer, cluster: str
+) -> None:
+    settings = Settings(cluster=cluster, ttl=5.0)
+    with nodes_over(server.url, "abc", settings) as nodes:
+        client, leaver = nodes["c"], nodes["a"]
+        for number in range(50):
+            assert client.ref(f"echo/{number}").ask(number) == number
+        left = leaver.session
+        assert left is not None
+        hold, reads = threading.Event(), threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            client._engine._lanes[1].post(reads.wait, 60)  # type: ignore[attr-defined]
+            stopped = pool.submit(leaver.stop)
+            eventually(lambda: leaver.has_left)
+            # What is sent there now is taken in when the client knows better.
+            leaver._engine.system.post(hold.wait, 60)
+            futures = [
+                client.ref(f"echo/{number}").ask(number, timeout=20, block=False)
+                for number in range(50)
+            ]
+            reads.set()
+            eventually(lambda: left not in client.topology)
+            # Nothing that is said later goes before it.
+            later = client.ref("echo/1").ask("later", timeout=20, block=False)
+            hold.set()
+            assert [each.get(timeout=20) for each in futures] == list(range(50))
+            assert later.get(timeout=20) == "later"
+            stopped.result()
+
+
 def test_r2_5_a_killed_node_is_taken_over_after_its_time_to_live(
     server: NatsServer, cluster: str
 ) -> None:

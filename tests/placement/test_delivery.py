@@ -17,7 +17,7 @@ from placement.errors import Refusal
 from placement.event import Happened
 from placement.identity import Identity
 from placement.pidcache import PidCache
-from placement.topology import SessionId
+from placement.topology import SessionId, address_of
 from tests.placement.builders import CART, A, B, S, none_of, only, table
 
 HERE = Pid(CART, A, 5)
@@ -191,6 +191,72 @@ def test_a_redirect_of_a_newer_epoch_is_followed_and_an_older_one_not() -> None:
     assert made.redirected(resolve.request, 1, A, now_ns=0) == ()
     assert only(made.tick(now_ns=S), ResolvePid)
     assert made.redirected(77, 2, B, now_ns=0) == ()
+
+
+def test_what_was_sent_to_a_node_that_has_left_comes_back_before_later_messages() -> (
+    None
+):
+    made = deliveries()
+    made.cache.put(HERE, 0)
+
+    effects = made.adopt(
+        table(B, epoch=2),
+        (A,),
+        now_ns=1,
+        left={CART: A},
+        left_addresses=frozenset({address_of(A)}),
+        until_ns=2 * S,
+    )
+
+    mark = only(effects, SendMark)
+    assert mark.pid == HERE
+    assert made.hold(message(3), now_ns=2) == ()
+    made.bounced(HERE, message(1), needs_mark=True, now_ns=3)
+    made.bounced(HERE, message(2), needs_mark=True, now_ns=4)
+    resolve = only(made.marked(CART, mark.mark, now_ns=5), ResolvePid)
+    assert resolve.owner == B
+    effects = made.resolved(resolve.request, THERE, now_ns=6)
+    assert sent(effects) == [(THERE, 1), (THERE, 2), (THERE, 3)]
+    # Nothing comes after the mark; if it did, others would have overtaken it.
+    late = only(made.bounced(HERE, message(4), needs_mark=True, now_ns=7), FailMessage)
+    assert late.refusal.reason == "NotHere"
+
+
+def test_a_node_that_has_left_is_not_waited_for_longer_than_it_stays() -> None:
+    def left(made: Deliveries, epoch: int, until_ns: int) -> Any:
+        return made.adopt(
+            table(B, epoch=epoch),
+            (A,),
+            now_ns=1,
+            left={CART: A},
+            left_addresses=frozenset({address_of(A)}),
+            until_ns=until_ns,
+        )
+
+    made = deliveries()
+    made.cache.put(HERE, 0)
+    mark = only(left(made, 2, S // 8), SendMark)
+    made.hold(message(2), now_ns=2)
+    # Told again meanwhile, it stays as long as was said last.
+    assert none_of(left(made, 3, S // 4), ResolvePid)
+    while (made.due_ns or 0) < S // 4:
+        assert only(made.tick(now_ns=made.due_ns or 0), SendMark).mark == mark.mark
+    assert made.due_ns == S // 4
+    resolve = only(made.tick(now_ns=S // 4), ResolvePid)
+    late = only(made.bounced(HERE, message(1), needs_mark=True, now_ns=S), FailMessage)
+    assert late.refusal.reason == "NotHere"
+    assert sent(made.resolved(resolve.request, THERE, now_ns=S)) == [(THERE, 2)]
+
+    # Where nothing else is sent there, nothing is asked either.
+    made = deliveries()
+    mark = only(left(made, 2, S // 8), SendMark)
+    assert mark.pid == Pid(CART, A, 0)
+    assert made.marked(CART, mark.mark, now_ns=2) == ()
+    assert made.held() == ()
+    made = deliveries()
+    left(made, 2, S // 8)
+    assert none_of(made.tick(now_ns=S // 8), ResolvePid)
+    assert made.held() == ()
 
 
 def test_r1_2_a_change_drops_stale_references_and_asks_the_new_owner() -> None:

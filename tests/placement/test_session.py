@@ -245,6 +245,31 @@ def test_a_reading_from_before_an_opening_does_not_say_that_it_is_over() -> None
     assert only(effects, TopologyAdopted).closed == ()
 
 
+def test_who_was_renewed_shortly_before_its_end_has_left_and_has_not_crashed() -> None:
+    made = Observer(renew_every_ns=EVERY)
+    made.start(0)
+    made.viewed(view(A, B, epoch=3), 0)
+    made.viewed(view(A, B, epoch=3, counts={A: 1}), 2 * S)
+
+    over = view(closed=(A, B), members=(A, B), epoch=3)
+    told = only(made.viewed(over, 4 * S), TopologyAdopted)
+    assert (told.closed, told.left) == ((A, B), (A,))
+    # It still has where both are told once more.
+    over = view(closed=(A, B), members=(), epoch=4)
+    told = only(made.viewed(over, 9 * S), TopologyAdopted)
+    assert (told.closed, told.left) == ((A, B), (A,))
+    assert made.viewed(view(members=(), epoch=4), 10 * S) == ()
+    assert made._watch._left == frozenset()
+
+
+def test_who_stood_still_until_it_was_closed_has_not_left() -> None:
+    watch = Watch()
+    watch.view(view(A, epoch=3), 0)
+    assert watch.expired(TTL, besides=None) == [CloseSession(A, 0)]
+    effects, _ = watch.view(view(closed=(A,), members=(A,), epoch=3), TTL + 1)
+    assert only(effects, TopologyAdopted).left == ()
+
+
 def test_a_member_that_is_closed_is_told_once_and_once_more_when_it_has_left() -> None:
     made = Observer(renew_every_ns=EVERY)
     made.start(0)
