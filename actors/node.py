@@ -407,6 +407,9 @@ class PlacementNode(Verbs):
             publish=self._publish,
             epoch=lambda: self.epoch,
         )
+        self._linger_ns = round(
+            self._engine.transport.linger_s(settings.renew_every_s) * 1e9
+        )
         self._outbox = self.outbox_type(
             own=self.address,
             dispatcher=self._engine.system,
@@ -420,9 +423,7 @@ class PlacementNode(Verbs):
             need_topology=self._need_topology,
             publish=self._publish,
             ask_timeout=settings.ask_timeout,
-            linger_ns=round(
-                self._engine.transport.linger_s(settings.renew_every_s) * 1e9
-            ),
+            linger_ns=self._linger_ns,
         )
         self._known, self._now_ns = self._outbox.known, clock.now_ns
         self._sender = _NodeSender(self._outbox, self._engine.future)
@@ -1063,6 +1064,10 @@ class PlacementNode(Verbs):
         for over in closed:
             if address_of(over) not in addresses:
                 self._postbox.forget(address_of(over))
+                if self._linger_ns:
+                    # Again when it surely says nothing more.
+                    at_ns = self._engine.clock.now_ns() + 2 * self._linger_ns
+                    self._engine.system.call_at(at_ns, self._forget, address_of(over))
         self._outbox.adopt(table, closed, left)
         with self._changed:
             self._adopted = table
@@ -1073,6 +1078,12 @@ class PlacementNode(Verbs):
             self._coordinator,
             TopologyChanged(self._session, table, closed, self._why_not),
         )
+
+    def _forget(self, address: Address) -> None:
+        table = self._adopted
+        members = () if table is None else table.topology.members
+        if all(member.address != address for member in members):
+            self._postbox.forget(address)
 
     def look_at_turns(self) -> None:
         """Say once of each turn that it does not come back."""

@@ -372,7 +372,7 @@ class Outbox:
                 if not sent:
                     # It ended in good order: what was to bounce has bounced.
                     self._effects.extend(
-                        self._deliveries.marked(
+                        self._deliveries.unmarked(
                             pid.identity, mark, now_ns=self._now_ns()
                         )
                     )

@@ -308,8 +308,10 @@ class PlacementActor(DispatchedActor):
                         own=self._own.own_open(),
                     )
                 )
-            case LoopBack(nonce):
+            case LoopBack(nonce) if sender == self._own_address:
                 self._keep(self._own.echoed(nonce, now_ns))
+            case LoopBack():
+                pass  # nobody else can say that this node is heard
             case TopologyHint(epoch):
                 self._keep(self._machine.hint(epoch))
             case Passivate(identity, token):

@@ -29,6 +29,7 @@ from placement.event import Happened
 from placement.topology import Address
 
 DEPARTED_MAX = 1_024
+ECHOES_MAX = 64
 CLIENTS_MAX = 10_000
 
 #: All that a client has to say to a node.
@@ -68,7 +69,8 @@ class Postbox:
         self._departed: dict[str, None] = {}
         self._last_clients: dict[str, None] = {}
         self._clients = Clients(epoch)
-        self._echo: bytes | None = None
+        # Under way: it may be said again before it is back.
+        self._echoes: dict[bytes, None] = {}
         self._is_open = False
 
     def open(self, *, is_member: bool = True) -> None:
@@ -142,7 +144,10 @@ class Postbox:
         with self._lock:
             to = self._address
             number = self._last_sent = self._last_sent + 1
-            self._echo = data = self._codec.encode(to, to, number, body)
+            data = self._codec.encode(to, to, number, body)
+            if len(self._echoes) >= ECHOES_MAX:  # lost
+                self._echoes.clear()
+            self._echoes[data] = None
             self._hand_over(to, data)
 
     def _hand_over(self, to: Address, data: bytes) -> bool:
@@ -175,7 +180,8 @@ class Postbox:
     def _receive(self, data: bytes, origin: Origin | None = None, /) -> None:
         # A node that has much to do hears itself: its echo says that the way is open.
         post = self._dispatcher.post
-        if data == self._echo:
+        if self._echoes and data in self._echoes:
+            self._echoes.pop(data, None)
             post = self._dispatcher.post_urgent
         post(self._arrived, data, origin)
 

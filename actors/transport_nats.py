@@ -191,7 +191,7 @@ class NatsTransport:
         except BadFrame as error:
             self._refuse(attached, "FrameRefused", str(error))
             return
-        is_echo = self._attached.get(origin.address) is attached
+        is_echo = origin.is_node and self._attached.get(origin.address) is attached
         why = self._take_in(origin, len(data), len(frames))
         if why:
             self._refuse(attached, "FramesDropped", why)

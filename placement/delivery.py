@@ -243,7 +243,7 @@ class Deliveries:
                     hold.until_ns = until_ns
                     self._due(hold, min(hold.due_ns, until_ns))
                 elif hold.marked.address in gone:
-                    effects += self._resolve(hold, now_ns)
+                    effects += self._go_on(hold, now_ns)
             elif hold.owner is None or hold.owner not in table.topology:
                 self._uncount(hold)
                 effects += self._resolve(hold, now_ns)
@@ -357,11 +357,21 @@ class Deliveries:
             return ()
         return self._go_on(hold, now_ns)
 
+    def unmarked(
+        self, identity: Identity, mark: int, *, now_ns: int
+    ) -> tuple[DeliveryEffect, ...]:
+        """A mark could not be sent: all has come back, where that is certain."""
+        hold = self._by_request.get(mark)
+        if hold is not None and hold.until_ns:
+            return ()  # perhaps only not now: it is sent again
+        return self.marked(identity, mark, now_ns=now_ns)
+
     def _go_on(self, hold: _Hold, now_ns: int) -> tuple[DeliveryEffect, ...]:
         """Nothing more comes back: resolve, if anybody wants to know."""
         if hold.until_ns and hold.marked is not None:
             # Its node is gone for good: what came yet would be overtaken.
-            self._note_over(hold.identity, hold.marked.fencing_token)
+            if hold.marked.fencing_token:
+                self._note_over(hold.identity, hold.marked.fencing_token)
             hold.until_ns = 0
         if not hold.bounced and not hold.waiting:
             self._drop(hold)

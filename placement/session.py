@@ -155,7 +155,9 @@ class Watch:
             seen = self._seen.get(session)
             if seen is None or seen[0].count < record.count:
                 self._seen[session] = (record, now_ns)
+                self._still.discard(session)
         closed = {each.session for each in view.sessions if each.closed}
+        counts = {each.session: each.count for each in view.sessions}
         removed = [
             member.session
             for member in self.topology.members
@@ -173,7 +175,7 @@ class Watch:
             or (
                 session in seen_before
                 and session not in self._still
-                and _was_renewed(*seen_before[session], now_ns)
+                and _was_renewed(*seen_before[session], counts.get(session, 0), now_ns)
             )
         )
         self._still &= open_now.keys()
@@ -225,13 +227,14 @@ class Watch:
         return {session: record.count for session, (record, _) in self._seen.items()}
 
 
-def _was_renewed(record: SessionRecord, since_ns: int, now_ns: int) -> bool:
-    """Whether its count was seen to grow not long ago.
+def _was_renewed(record: SessionRecord, since_ns: int, count: int, now_ns: int) -> bool:
+    """Whether its count was seen to grow not long ago, or is another now.
 
     Who reads three times in a time to live has seen the count of one that expired
     stand still for two thirds of it at least.
     """
-    return (now_ns - since_ns) * 3 < record.ttl_ms * 1_000_000 * 2
+    is_new = (now_ns - since_ns) * 3 < record.ttl_ms * 1_000_000 * 2
+    return is_new or count > record.count
 
 
 class Observer:

@@ -20,6 +20,7 @@ from actors.placement_actor import NeedNewTopology
 from actors.store_memory import MemoryStore
 from actors.store_url import open_store
 from actors.witness import ActivationWitness
+from messages.frames import LoopBack
 from placement.contracts import SessionRecord, StoreFailure
 from placement.errors import (
     TEXT_MAX,
@@ -35,7 +36,7 @@ from placement.errors import (
 )
 from placement.identity import BadIdentity, Identity
 from placement.partition import PartitionTable
-from placement.topology import SessionId
+from placement.topology import Address, SessionId
 from tests.actors.actors_under_test import (
     GATES,
     Account,
@@ -1170,6 +1171,22 @@ def test_a_node_that_has_much_to_do_for_long_stays_a_member() -> None:
         assert done.wait(30)
         assert cluster.ref("echo/1").ask(1) == 1
         assert node.events.counts["SessionLapsed"] == 0
+
+
+def test_nobody_else_can_say_that_a_node_is_heard() -> None:
+    with Cluster.embedded(nodes=1, kinds=KINDS, **FAST) as cluster:
+        node = cluster.node("node-1")
+        # What it says to itself over the wire is lost from now on.
+        node._postbox._hand_over = lambda *_: True  # type: ignore[method-assign]
+
+        def lapses_however_often_another_says_so() -> bool:
+            for nonce in range(200):
+                node._engine.system.post(
+                    node._frame, Address("other.1"), LoopBack(nonce)
+                )
+            return node.events.counts["SessionLapsed"] > 0
+
+        eventually(lapses_however_often_another_says_so)
 
 
 class WatchedOutbox(Outbox):

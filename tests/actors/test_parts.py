@@ -19,7 +19,7 @@ from actors.lookup import PartitionIdentityLookup, PartitionIdentityLookupConfig
 from actors.loop_thread import LoopDispatcher, LoopThread
 from actors.node import PlacementNode
 from actors.outbox import Outbox
-from actors.postbox import DEPARTED_MAX, Postbox
+from actors.postbox import DEPARTED_MAX, ECHOES_MAX, Postbox
 from actors.store_actor import Perform, StoreActor, Turnstile
 from actors.store_memory import MemoryStore
 from actors.transport import InProcessTransport
@@ -580,6 +580,54 @@ def test_a_postbox_drops_what_comes_twice_and_refuses_what_is_no_frame() -> None
     box._handle_own(LoopBack(9))
     assert len(handled) == 2
     dispatcher.stop(5)
+
+
+def test_a_node_hears_itself_before_what_waits_however_often_it_says_so() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    handled: list[Any] = []
+    box = Postbox(
+        cluster="default",
+        address=Address("b.1"),
+        transport=InProcessTransport(),
+        dispatcher=dispatcher,
+        handle=lambda _, body: handled.append(body),
+        publish=handled.append,
+    )
+    box.open()
+    held, hold = threading.Event(), threading.Event()
+
+    def hold_up() -> None:
+        held.set()
+        assert hold.wait(20)
+
+    dispatcher.post(hold_up)
+    assert held.wait(20)
+    box.send(Address("b.1"), LoopBack(1))
+    for nonce in (2, 3, 3):
+        box.send_echo(LoopBack(nonce))
+    hold.set()
+    assert dispatcher.stop(5)
+    assert handled == [LoopBack(2), LoopBack(3), LoopBack(3), LoopBack(1)]
+    assert not box._echoes
+
+
+def test_echoes_that_are_lost_are_not_remembered_for_ever() -> None:
+    dispatcher = ThreadDispatcher("t", CLOCK)
+    transport = InProcessTransport()
+    box = Postbox(
+        cluster="default",
+        address=Address("b.1"),
+        transport=transport,
+        dispatcher=dispatcher,
+        handle=lambda *_: None,
+        publish=lambda _: None,
+    )
+    box.open()
+    transport.kill(Address("b.1"))
+    for nonce in range(3 * ECHOES_MAX):
+        box.send_echo(LoopBack(nonce))
+        assert 0 < len(box._echoes) <= ECHOES_MAX
+    assert dispatcher.stop(5)
 
 
 def test_a_frame_that_is_too_large_is_refused_to_whoever_sent_or_asked() -> None:

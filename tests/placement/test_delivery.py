@@ -259,6 +259,34 @@ def test_a_node_that_has_left_is_not_waited_for_longer_than_it_stays() -> None:
     assert made.held() == ()
 
 
+def test_a_later_end_of_the_same_node_ends_the_waiting_for_what_comes_back() -> None:
+    made = deliveries()
+    made.cache.put(HERE, 0)
+    wait = {"left": {CART: A}, "left_addresses": frozenset({address_of(A)})}
+    made.adopt(table(B, epoch=2), (A,), now_ns=1, until_ns=2 * S, **wait)  # type: ignore[arg-type]
+
+    other = SessionId(f"{address_of(A)}#2")
+    assert none_of(made.adopt(table(B, epoch=3), (other,), now_ns=2), ResolvePid)
+
+    assert made.held() == ()
+    late = only(made.bounced(HERE, message(1), needs_mark=True, now_ns=3), FailMessage)
+    assert late.refusal.reason == "NotHere"
+
+
+def test_a_mark_that_cannot_be_sent_now_is_sent_again_while_things_come_back() -> None:
+    made = deliveries()
+    made.cache.put(HERE, 0)
+    wait = {"left": {CART: A}, "left_addresses": frozenset({address_of(A)})}
+    effects = made.adopt(table(B, epoch=2), (A,), now_ns=1, until_ns=2 * S, **wait)  # type: ignore[arg-type]
+    mark = only(effects, SendMark).mark
+
+    assert made.unmarked(CART, mark, now_ns=2) == ()
+
+    made.bounced(HERE, message(1), needs_mark=True, now_ns=3)
+    assert only(made.tick(now_ns=made.due_ns or 0), SendMark).mark == mark
+    assert only(made.marked(CART, mark, now_ns=4), ResolvePid).owner == B
+
+
 def test_r1_2_a_change_drops_stale_references_and_asks_the_new_owner() -> None:
     made = deliveries()
     made.cache.put(HERE, 0)

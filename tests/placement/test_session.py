@@ -270,6 +270,18 @@ def test_who_stood_still_until_it_was_closed_has_not_left() -> None:
     assert only(effects, TopologyAdopted).left == ()
 
 
+def test_a_count_that_is_another_in_the_last_reading_shows_who_has_left() -> None:
+    watch = Watch()
+    watch.view(view(A, epoch=3), 0)
+    # The store refuses: it has been renewed meanwhile.
+    assert watch.expired(TTL, besides=None) == [CloseSession(A, 0)]
+    watch.view(view(A, epoch=3, counts={A: 1}), TTL + 1)
+    seen_last = view(A, members=(), epoch=4, counts={A: 2})
+    effects, _ = watch.view(seen_last, 3 * TTL)
+    told = only(effects, TopologyAdopted)
+    assert (told.closed, told.left) == ((A,), (A,))
+
+
 def test_a_member_that_is_closed_is_told_once_and_once_more_when_it_has_left() -> None:
     made = Observer(renew_every_ns=EVERY)
     made.start(0)
