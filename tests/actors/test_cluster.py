@@ -1157,13 +1157,13 @@ def test_a_burst_of_asks_to_new_identities_is_answered_whole() -> None:
 
 
 def test_a_node_that_has_much_to_do_for_long_stays_a_member() -> None:
-    with Cluster.embedded(nodes=1, kinds=KINDS, **FAST) as cluster:
+    with Cluster.embedded(nodes=1, kinds=KINDS, ttl=2.0) as cluster:
         node = cluster.node("node-1")
         system = node._engine.system
         done = threading.Event()
         # Thrice the time to live, before all that is posted from now on; and more in
         # the actor's inbox than it takes out in any of these turns.
-        for _ in range(300):
+        for _ in range(600):
             system.post(time.sleep, 0.01)
             for _ in range(10):
                 node._tell_placement(NeedNewTopology(1))
