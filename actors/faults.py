@@ -32,6 +32,9 @@ FAULTS = (
 #: What no store here does, but one that reads from a replica may: asked for by name.
 STALE = "store-stale"
 
+#: A wire, as NATS is one, that tells nobody who has left: what is sent there vanishes.
+MUTE = "wire-mute"
+
 #: Clocks within the assumed bound run at most this much faster or slower.
 DRIFT_PPM = 50_000
 #: Beyond it: a margin of a fifth covers a ninth either way, and no more.
@@ -62,12 +65,12 @@ def parse_faults(text: str) -> tuple[str, ...]:
         name = part.strip()
         if name == "all":
             names += FAULTS
-        elif name in (*FAULTS, "drift-beyond", STALE):
+        elif name in (*FAULTS, "drift-beyond", STALE, MUTE):
             names.append(name)
         else:
             raise BadFaults(
                 f"unknown fault {name!r}; known are none, all, "
-                f"{', '.join(FAULTS)}, drift-beyond, {STALE}"
+                f"{', '.join(FAULTS)}, drift-beyond, {STALE}, {MUTE}"
             )
     return tuple(dict.fromkeys(names))
 

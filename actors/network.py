@@ -18,6 +18,8 @@ from placement.topology import Address
 #: How long a frame is under way when nothing is wrong.
 _LEAST_NS = 100_000
 _SPREAD_NS = 300_000
+#: How long a node answers that has left, in renewals, on a wire that does not tell.
+_LINGER = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,9 @@ class Network:
     def __init__(self, world: World) -> None:
         self.world = world
         self.faults: list[WireFault] = []
+        #: Whether nobody is told who has left: what is sent there vanishes.
+        self.is_mute = False
+        self.vanished_count = 0
         self.frame_count = 0
         self.dropped_count = 0
         #: Called with each frame that arrives: sender, receiver, bytes.
@@ -93,7 +98,8 @@ class Network:
             self.sent(data)
         end = self._ends.get(address)
         if end is None:
-            return False
+            self.vanished_count += self.is_mute
+            return self.is_mute
         world = self.world
         at_ns = (
             world.now_ns + world.spent_ns + _LEAST_NS + int(world.jitter() * _SPREAD_NS)
@@ -170,5 +176,5 @@ class Wire:
         self._network.silence(address)
 
     def linger_s(self, renew_every_s: float) -> float:
-        """Not at all: who has left is known to have."""
-        return 0.0
+        """Not at all where who has left is known to have, else until others read it."""
+        return renew_every_s * _LINGER if self._network.is_mute else 0.0

@@ -14,7 +14,7 @@ import msgpack
 import msgspec
 import xxhash
 
-from actors.faults import Episode
+from actors.faults import MUTE, Episode
 from actors.observer import Violation
 from actors.trace import Record
 from actors.trial import Result, Scenario, Trial
@@ -262,9 +262,11 @@ def shrink(
             rest = tuple(each for each in episodes if each is not episode)
             if breaks(rest, scenario):
                 episodes, is_smaller = rest, True
-    while "drift" in scenario.faults or "drift-beyond" in scenario.faults:
-        calm = tuple(each for each in scenario.faults if "drift" not in each)
-        if not breaks(episodes, replace(scenario, faults=calm)):
-            break
-        scenario = replace(scenario, faults=calm)
+    # What is wrong all the time.
+    for wrong in ({"drift", "drift-beyond"}, {MUTE}):
+        calm = tuple(each for each in scenario.faults if each not in wrong)
+        if calm != scenario.faults:
+            calmer = replace(scenario, faults=calm)
+            if breaks(episodes, calmer):
+                scenario = calmer
     return episodes, scenario

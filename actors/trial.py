@@ -15,6 +15,7 @@ from actors.engine import Settings
 from actors.faults import (
     DRIFT_BEYOND_PPM,
     DRIFT_PPM,
+    MUTE,
     CutOff,
     Episode,
     StoreTrouble,
@@ -124,6 +125,7 @@ class Trial:
             if episodes is None
             else tuple(episodes)
         )
+        shared.network.is_mute = MUTE in scenario.faults
         self._tap = tap
         shared.network.tap = self._see
         if self.is_spread:
@@ -261,13 +263,22 @@ class Trial:
         if process.is_gone or self.nodes.get(name) is not node:
             return
         if node.has_left:
-            # What is under way to it still comes back from it.
-            self.world.after(0.05, self._gone, name, node)
-            node.leave_wire()
+            # What is sent there yet, and not known to be in vain, comes back from it.
+            linger_s = process.transport.linger_s(self.settings.renew_every_s)
+            if linger_s:
+                self.world.after(linger_s, self._leave_wire, name, node)
+            else:
+                self._leave_wire(name, node)
         elif self.world.now_ns >= until_ns:
             self.crash_node(name)
         else:
             self.world.after(0.05, self._await_leaving, name, node, until_ns)
+
+    def _leave_wire(self, name: str, node: PlacementNode) -> None:
+        if self.nodes.get(name) is node:
+            # What is under way to it still comes back.
+            self.world.after(0.05, self._gone, name, node)
+            node.leave_wire()
 
     def _gone(self, name: str, node: PlacementNode) -> None:
         if self.nodes.get(name) is node:
@@ -623,6 +634,8 @@ class Trial:
             Violation("bug", "", self.world.now_ns, f"{name}: {error!r}")
             for name, error in self.world.bugs
         )
+        if shared.network.is_mute:
+            self.counts[MUTE] = shared.network.vanished_count
         digest = shared.network.digest().copy()
         digest.update(msgpack.packb([(type(e).__name__, *astuple(e)) for e in records]))
         return Result(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from actors.faults import FAULTS, BadFaults, Episode, parse_faults, plan
+from actors.faults import FAULTS, MUTE, BadFaults, Episode, parse_faults, plan
 from actors.main import main
 from actors.simulate import Witnessed, simulate
 from actors.trial import Scenario, Trial
@@ -167,6 +167,17 @@ def test_clocks_beyond_the_assumed_bound_are_seen_to_break_a_rule() -> None:
     assert found.violations
     assert found.first is not None
     assert found.first[1].rule in {"one-activation", "closed-session", "owner-open"}
+
+
+def test_where_nobody_is_told_who_has_left_no_rule_is_broken_either() -> None:
+    found = Trial(2, Scenario(faults=(*FAULTS, MUTE), requests=2_000)).perform()
+    assert found.violations == ()
+    assert found.faults[MUTE] > 0
+    # Who leaves in good order gives everything back: no outcome is unknown.
+    calm = Trial(3, Scenario(faults=("churn", MUTE), requests=2_000)).perform()
+    assert calm.violations == ()
+    assert min(calm.faults[MUTE], calm.answered) > 0
+    assert calm.unknown == calm.refused == 0
 
 
 def test_a_broken_rule_ends_with_1_and_is_told_shrunk() -> None:
