@@ -233,7 +233,7 @@ def _was_renewed(record: SessionRecord, since_ns: int, count: int, now_ns: int) 
     Who reads three times in a time to live has seen the count of one that expired
     stand still for two thirds of it at least.
     """
-    is_new = (now_ns - since_ns) * 3 < record.ttl_ms * 1_000_000 * 2
+    is_new = (now_ns - since_ns) * 2 < record.ttl_ms * 1_000_000
     return is_new or count > record.count
 
 
