@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import xxhash
 
+from actors.transport import LINGER
 from actors.world import ProcessClock, World
 from messages.codec import FRAME_BYTES_MAX
 from placement.event import Happened
@@ -18,8 +19,6 @@ from placement.topology import Address
 #: How long a frame is under way when nothing is wrong.
 _LEAST_NS = 100_000
 _SPREAD_NS = 300_000
-#: How long a node answers that has left, in renewals, on a wire that does not tell.
-_LINGER = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,4 +176,4 @@ class Wire:
 
     def linger_s(self, renew_every_s: float) -> float:
         """Not at all where who has left is known to have, else until others read it."""
-        return renew_every_s * _LINGER if self._network.is_mute else 0.0
+        return renew_every_s * LINGER if self._network.is_mute else 0.0

@@ -8,6 +8,10 @@ from messages.codec import FRAME_BYTES_MAX
 from placement.event import Happened
 from placement.topology import Address
 
+#: How long a node that has left answers yet, in renewals, where no wire tells of it:
+#: longer than others take to read the members anew.
+LINGER = 1.5
+
 
 class Origin(NamedTuple):
     """Who a frame is surely from: the wire knows it, whatever the frame says.

@@ -19,7 +19,7 @@ from functools import partial
 from actors.dispatch import Dispatcher
 from actors.nats_connection import ConnectionEvent, NatsConnection, Subscription
 from actors.nats_token import text_of_token, token_of
-from actors.transport import Origin, Receive
+from actors.transport import LINGER, Origin, Receive
 from messages.codec import FRAME_BYTES_MAX, BadFrame
 from messages.pack import unpack
 from placement.event import Happened
@@ -41,7 +41,6 @@ CLIENT_FRAMES_MAX = 8_192
 _REMEMBERED_MAX = 10_000
 _TOKENS, _FIND_TOKENS = 7, 5
 _QUEUE = "nodes"
-_LINGER = 1.5
 
 
 def subject_of(cluster: str, to: Address, sender: Address, *, is_node: bool) -> str:
@@ -168,7 +167,7 @@ class NatsTransport:
 
     def linger_s(self, renew_every_s: float) -> float:
         """Longer than others take to read the members anew."""
-        return renew_every_s * _LINGER
+        return renew_every_s * LINGER
 
     def _subject(self, address: Address, sender: Address) -> str:
         attached = self._attached.get(sender)

@@ -368,11 +368,9 @@ class Deliveries:
 
     def _go_on(self, hold: _Hold, now_ns: int) -> tuple[DeliveryEffect, ...]:
         """Nothing more comes back: resolve, if anybody wants to know."""
-        if hold.until_ns and hold.marked is not None:
-            # Its node is gone for good: what came yet would be overtaken.
-            if hold.marked.fencing_token:
-                self._note_over(hold.identity, hold.marked.fencing_token)
-            hold.until_ns = 0
+        # Where its node is gone for good: what came yet would be overtaken.
+        if hold.until_ns and hold.marked is not None and hold.marked.fencing_token:
+            self._note_over(hold.identity, hold.marked.fencing_token)
         if not hold.bounced and not hold.waiting:
             self._drop(hold)
             return ()

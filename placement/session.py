@@ -231,7 +231,7 @@ def _was_renewed(record: SessionRecord, since_ns: int, count: int, now_ns: int) 
     """Whether its count was seen to grow not long ago, or is another now.
 
     Who reads three times in a time to live has seen the count of one that expired
-    stand still for two thirds of it at least.
+    stand still for two thirds of it at least: half of it is well below.
     """
     is_new = (now_ns - since_ns) * 2 < record.ttl_ms * 1_000_000
     return is_new or count > record.count
