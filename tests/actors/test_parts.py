@@ -2,7 +2,7 @@ import io
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -549,16 +549,31 @@ def test_a_transport_tells_who_is_gone_and_not_who_was_killed() -> None:
     assert seen == [b"1"]
 
 
+def box_of_b(
+    dispatcher: ThreadDispatcher,
+    transport: Any,
+    *,
+    handle: Callable[[Address, Any], object] = lambda *_: None,
+    publish: Callable[[Any], object] = lambda _: None,
+) -> Postbox:
+    return Postbox(
+        cluster="default",
+        address=Address("b.1"),
+        transport=transport,
+        dispatcher=dispatcher,
+        handle=handle,  # type: ignore[arg-type]
+        publish=publish,  # type: ignore[arg-type]
+    )
+
+
 def test_a_postbox_drops_what_comes_twice_and_refuses_what_is_no_frame() -> None:
     dispatcher = ThreadDispatcher("t", CLOCK)
     transport = InProcessTransport()
     handled: list[Any] = []
     happened: list[Happened] = []
-    box = Postbox(
-        cluster="default",
-        address=Address("b.1"),
-        transport=transport,
-        dispatcher=dispatcher,
+    box = box_of_b(
+        dispatcher,
+        transport,
         handle=lambda sender, body: handled.append((sender, body)),
         publish=happened.append,
     )
@@ -585,11 +600,9 @@ def test_a_postbox_drops_what_comes_twice_and_refuses_what_is_no_frame() -> None
 def test_a_node_hears_itself_before_what_waits_however_often_it_says_so() -> None:
     dispatcher = ThreadDispatcher("t", CLOCK)
     handled: list[Any] = []
-    box = Postbox(
-        cluster="default",
-        address=Address("b.1"),
-        transport=InProcessTransport(),
-        dispatcher=dispatcher,
+    box = box_of_b(
+        dispatcher,
+        InProcessTransport(),
         handle=lambda _, body: handled.append(body),
         publish=handled.append,
     )
@@ -614,14 +627,7 @@ def test_a_node_hears_itself_before_what_waits_however_often_it_says_so() -> Non
 def test_echoes_that_are_lost_are_not_remembered_for_ever() -> None:
     dispatcher = ThreadDispatcher("t", CLOCK)
     transport = InProcessTransport()
-    box = Postbox(
-        cluster="default",
-        address=Address("b.1"),
-        transport=transport,
-        dispatcher=dispatcher,
-        handle=lambda *_: None,
-        publish=lambda _: None,
-    )
+    box = box_of_b(dispatcher, transport)
     box.open()
     transport.kill(Address("b.1"))
     for nonce in range(3 * ECHOES_MAX):
@@ -635,14 +641,7 @@ def test_a_frame_that_is_too_large_is_refused_to_whoever_sent_or_asked() -> None
     transport = InProcessTransport()
     happened: list[Happened] = []
     arrived: list[bytes] = []
-    box = Postbox(
-        cluster="default",
-        address=Address("b.1"),
-        transport=transport,
-        dispatcher=dispatcher,
-        handle=lambda *_: None,
-        publish=happened.append,
-    )
+    box = box_of_b(dispatcher, transport, publish=happened.append)
     box.open()
     to = Address("a.1")
     transport.attach(to, arrived.append)
@@ -673,14 +672,7 @@ def test_a_transport_that_raises_has_lost_the_frame_and_ends_nobody() -> None:
 
     dispatcher = ThreadDispatcher("t", CLOCK)
     happened: list[Happened] = []
-    box = Postbox(
-        cluster="default",
-        address=Address("b.1"),
-        transport=Raising(),
-        dispatcher=dispatcher,
-        handle=lambda *_: None,
-        publish=happened.append,
-    )
+    box = box_of_b(dispatcher, Raising(), publish=happened.append)
     box.open()
     assert box.send(Address("a.1"), LoopBack(1))
     box.send_echo(LoopBack(2))
@@ -691,13 +683,10 @@ def test_a_transport_that_raises_has_lost_the_frame_and_ends_nobody() -> None:
 def test_of_incarnations_that_have_departed_only_the_last_are_remembered() -> None:
     dispatcher = ThreadDispatcher("t", CLOCK)
     handled: list[Any] = []
-    box = Postbox(
-        cluster="default",
-        address=Address("b.1"),
-        transport=InProcessTransport(),
-        dispatcher=dispatcher,
+    box = box_of_b(
+        dispatcher,
+        InProcessTransport(),
         handle=lambda sender, _: handled.append(sender),
-        publish=lambda _: None,
     )
     box.open()
     codec = Codec("default")
@@ -723,14 +712,7 @@ def test_of_incarnations_that_have_departed_only_the_last_are_remembered() -> No
 def test_numbers_grow_for_a_receiver_whoever_else_is_written_to() -> None:
     dispatcher = ThreadDispatcher("t", CLOCK)
     transport = InProcessTransport()
-    box = Postbox(
-        cluster="default",
-        address=Address("b.1"),
-        transport=transport,
-        dispatcher=dispatcher,
-        handle=lambda *_: None,
-        publish=lambda _: None,
-    )
+    box = box_of_b(dispatcher, transport)
     box.open()
     arrived: list[bytes] = []
     for name in ("a.1", "c.1"):
