@@ -4,7 +4,6 @@ import errno
 import json
 import logging
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ from actors.client_command import (
 from actors.cluster import Cluster, StoreInUse
 from actors.collector import calm_collector
 from actors.engine import Settings
-from actors.exits import FAILED, INTERRUPTED, wrong
+from actors.exits import FAILED, INTERRUPTED, interrupts, wrong
 from actors.kind import BadKind, Kind
 from actors.log import to_stderr
 from actors.nats_connection import NatsFailure
@@ -126,7 +125,7 @@ def _deliver(
 ) -> tuple[Outcome, bool]:
     """Deliver all, with a progress line on a terminal; whether it was interrupted."""
     console = Console(stderr=True)
-    interrupts: list[int] = []
+    taken: list[int] = []
     with Progress(
         TextColumn("requests"),
         BarColumn(),
@@ -144,18 +143,11 @@ def _deliver(
         )
 
         def interrupt(number: int, _: object) -> None:
-            interrupts.append(number)
+            taken.append(number)
             delivery.stop()
 
-        before = {
-            number: signal.signal(number, interrupt)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            return delivery.run(changes, began=began), bool(interrupts)
-        finally:
-            for number, old in before.items():
-                signal.signal(number, old)
+        with interrupts(interrupt):
+            return delivery.run(changes, began=began), bool(taken)
 
 
 @main.command()

@@ -3,11 +3,9 @@
 import json
 import logging
 import os
-import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import click
 from actors.collector import calm_collector
 from actors.engine import Settings
 from actors.engine_url import engine_text
-from actors.exits import FAILED, wrong
+from actors.exits import FAILED, interrupts, wrong
 from actors.kind import BadKind, Kind, load_kind
 from actors.log import log, to_stderr
 from actors.nats_connection import NatsFailure
@@ -91,19 +89,6 @@ class Asked:
                 return
 
 
-@contextmanager
-def asked_by_signals() -> Iterator[Asked]:
-    """Count SIGTERM and SIGINT, in place of what they do else."""
-    asked = Asked()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, asked.again) for number in numbers}
-    try:
-        yield asked
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
 @click.command("node")
 @click.argument("name")
 @click.option("--engine", required=True, help="nats://host:4222")
@@ -145,7 +130,8 @@ def node_command(
     sys.path.insert(0, "")
     witness: ActivationWitness | None = None
     # From now on: a signal during the start is no crash either.
-    with asked_by_signals() as asked:
+    asked = Asked()
+    with interrupts(asked.again):
         try:
             hosted = parse_kinds(kinds, tallies=True)
             checked = Settings(**settings)

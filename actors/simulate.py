@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -76,11 +77,6 @@ class Sum:
         }
 
 
-def _perform(work: tuple[int, Scenario]) -> Result:
-    seed, scenario = work
-    return Trial(seed, scenario).perform()
-
-
 def simulate(
     seeds: Sequence[int],
     scenario: Scenario,
@@ -88,42 +84,64 @@ def simulate(
     jobs: int = 1,
     progress: Callable[[int, int], None] = lambda _runs, _violations: None,
     until_first: bool = False,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> Sum:
     """Perform the trials of `seeds`; the sum is the same however many `jobs`.
 
-    With `until_first` no trial is begun after one that broke a rule.
+    With `until_first` no trial is counted after one that broke a rule, and none
+    once `is_stopped` says so: it is asked after each.
     """
     found = Sum()
     began = time.monotonic()
     for result in _results(seeds, scenario, jobs):
         found.add(result)
         progress(found.runs, found.violations)
-        if until_first and found.violations:
+        if is_stopped() or (until_first and found.violations):
             break
     found.seconds = time.monotonic() - began
     return found
 
 
 def _results(seeds: Sequence[int], scenario: Scenario, jobs: int) -> Iterator[Result]:
-    work = [(seed, scenario) for seed in seeds]
-    if jobs == 1 or len(work) == 1:
-        yield from map(_perform, work)
+    if jobs == 1 or len(seeds) == 1:
+        for seed in seeds:
+            yield Trial(seed, scenario).perform()
         return
     # Spawned: a trial must not depend on what its parent has done before.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    is_over = context.Event()
+    with ProcessPoolExecutor(jobs, context, _Job.begin, (scenario, is_over)) as pool:
         waiting: deque[Any] = deque()
-        left = iter(work)
         try:
-            for each in left:
-                waiting.append(pool.submit(_perform, each))
+            for seed in seeds:
+                waiting.append(pool.submit(_Job.perform, seed))
                 if len(waiting) > 4 * jobs:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
+            is_over.set()
             for each in waiting:
                 each.cancel()
+
+
+class _Job:
+    """What a process of the pool was told when it began."""
+
+    scenario: Scenario
+    is_over: Any
+
+    @classmethod
+    def begin(cls, scenario: Scenario, is_over: Any) -> None:
+        # Ctrl-C in a terminal is for all its processes; the first one ends this.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        cls.scenario, cls.is_over = scenario, is_over
+
+    @classmethod
+    def perform(cls, seed: int) -> Result | None:
+        if cls.is_over.is_set():
+            return None  # nobody waits for it any more
+        return Trial(seed, cls.scenario).perform()
 
 
 # --- one trial, told ----------------------------------------------------------

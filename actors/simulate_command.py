@@ -2,6 +2,8 @@
 
 import json
 import secrets
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -10,13 +12,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from actors.defects import DEFECTS
-from actors.exits import FAILED, wrong
+from actors.exits import FAILED, INTERRUPTED, interrupts, wrong
 from actors.faults import BadFaults, parse_faults
 from actors.simulate import Sum, Witnessed, shrink, simulate
 from actors.simulation import MEMORY, STORES
 from actors.trial import Scenario
 
 _SEED_MAX = 2**63 - 1
+#: How often a file or a pipe is told how far the trials are.
+_TOLD_EVERY_S = 10.0
 
 
 def _seed_of(text: str) -> int:
@@ -81,6 +85,7 @@ def simulate_command(
 
     The same seed gives the same trial. Exit code 1: a rule was broken; the first
     trial in which one was is told. --trace keeps that trial, else the first.
+    Ctrl-C ends with code 130 and the sum of the trials that were done.
     """
     if defect == "list":
         if as_json:
@@ -122,6 +127,9 @@ def simulate_command(
         click.echo(json.dumps(found.as_json()))
     else:
         _print(found)
+    if found.runs < seeds and not (defect and found.violations):
+        click.echo(f"placement: {found.runs} of {seeds} trials were done", err=True)
+        raise click.exceptions.Exit(INTERRUPTED)
     told = first if found.first is None else found.first[0]
     if found.first is not None:
         _tell(told, scenario, is_shrunk=is_shrunk)
@@ -147,18 +155,39 @@ def _bar(console: Console) -> Progress:
 
 
 def _perform(seeds: range, scenario: Scenario, jobs: int) -> Sum:
-    with _bar(Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    taken: list[int] = []
+    with _bar(console) as bar, interrupts(lambda number, _: taken.append(number)):
         task = bar.add_task("trials", total=len(seeds))
 
-        def progress(runs: int, violations: int) -> None:
+        def show(runs: int, violations: int) -> None:
             said = f"trials, {violations} violations" if violations else "trials"
             bar.update(task, completed=runs, description=said)
 
-        # A broken variant is found or not; the sound cluster is tried to the end.
-        until_first = bool(scenario.defect)
         return simulate(
-            seeds, scenario, jobs=jobs, progress=progress, until_first=until_first
+            seeds,
+            scenario,
+            jobs=jobs,
+            progress=show if console.is_terminal else _now_and_then(len(seeds)),
+            # A broken variant is found or not; the sound cluster is tried to the end.
+            until_first=bool(scenario.defect),
+            is_stopped=lambda: bool(taken),
         )
+
+
+def _now_and_then(total: int) -> Callable[[int, int], None]:
+    """Lines for who reads no terminal, and none about what is soon over."""
+    told_s = time.monotonic()
+
+    def tell(runs: int, violations: int) -> None:
+        nonlocal told_s
+        now_s = time.monotonic()
+        if now_s - told_s >= _TOLD_EVERY_S and runs < total:
+            told_s = now_s
+            said = f"placement: {runs} of {total} trials, {violations} violations"
+            click.echo(said, err=True)
+
+    return tell
 
 
 def _tell(seed: int, scenario: Scenario, *, is_shrunk: bool) -> None:

@@ -16,12 +16,11 @@ import click
 
 from actors.cluster import names_of
 from actors.engine import Settings
-from actors.exits import FAILED, wrong
+from actors.exits import FAILED, interrupts, wrong
 from actors.nats_server import find_server
 from actors.node_command import (
     DRAIN_S,
     Asked,
-    asked_by_signals,
     cluster_options,
     parse_kinds,
 )
@@ -186,7 +185,8 @@ def up_command(
     Without --kind the nodes host the tally of the sample that `run` delivers.
     """
     with ExitStack() as stack:
-        asked = stack.enter_context(asked_by_signals())
+        asked = Asked()
+        stack.enter_context(interrupts(asked.again))
         try:
             names = names_of(nodes)
             checked = Settings(**settings)

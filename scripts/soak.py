@@ -22,7 +22,8 @@ from rich.table import Table
 
 from actors.client_command import entry_to
 from actors.engine import Settings
-from actors.node_command import Asked, asked_by_signals
+from actors.exits import interrupts
+from actors.node_command import Asked
 from scripts.soaking.judge import judge
 from scripts.soaking.load import Load
 from scripts.soaking.processes import PATIENCE_S, SoakedCluster, SoakFailure
@@ -224,7 +225,8 @@ def main(arguments: Sequence[str] | None = None, *, stores: Sequence[str] = ()) 
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     violations: Sequence[str] = ()
     try:
-        with asked_by_signals() as asked, _progress() as say:
+        asked = Asked()
+        with interrupts(asked.again), _progress() as say:
             found = soak(plan, folder, asked, stores=stores, say=say)
         violations = found.violations
     except Interrupted:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +59,13 @@ def test_without_faults_every_request_is_answered() -> None:
     assert found["faults"] == {}
 
 
+ROOT = Path(__file__).parents[2]
+TOLD_OFTEN = (
+    "import actors.simulate_command as it\n"
+    "it._TOLD_EVERY_S = 0.0\n"
+    "from actors.main import main\n"
+    "if __name__ == '__main__': main()\n"
+)
 HASH = (
     "from actors.simulate import simulate\n"
     "from actors.trial import Scenario\n"
@@ -153,6 +162,41 @@ def test_a_seed_may_be_drawn_and_is_printed() -> None:
 
     assert done.exit_code == 0, done.output
     assert "placement: seed " in done.stderr
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_trials_end_with_130_and_what_was_done(
+    jobs: str, number: int
+) -> None:
+    command = [sys.executable, "-c", TOLD_OFTEN, "simulate", *SMALL_OPTIONS]
+    command += ["--seeds", "100000", "--jobs", jobs, "--json"]
+    # As a shell starts a program that Ctrl-C ends: with all its processes.
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    ) as started:
+        assert started.stderr is not None
+        first = started.stderr.readline()
+        if number == signal.SIGINT:
+            os.killpg(started.pid, number)
+        else:
+            started.send_signal(number)
+        out, said = started.communicate(timeout=60)
+
+    assert re.fullmatch(r"placement: \d+ of 100000 trials, 0 violations\n", first)
+    assert started.returncode == 130
+    found = json.loads(out)
+    assert 0 < found["runs"] < 100_000
+    assert found["violations"] == 0
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == (
+        f"placement: {found['runs']} of 100000 trials were done"
+    )
 
 
 def calm(episodes: tuple[Episode, ...], *kinds: str) -> tuple[Any, ...]:
