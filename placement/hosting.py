@@ -168,6 +168,9 @@ class Hosting:
         self._hosted: dict[Identity, _Hosted] = {}
         self._again: dict[Identity, _Hosted] = {}
         self._leaving: dict[SessionId, None] = {}
+        #: How many it hosts under each: looking at all of them whenever one ends
+        #: would be work for each with each.
+        self._counts: dict[SessionId, int] = {}
 
     def __len__(self) -> int:
         return len(self._hosted)
@@ -251,9 +254,7 @@ class Hosting:
         return self._settled(session)
 
     def _settled(self, session: SessionId) -> tuple[HostingEffect, ...]:
-        if session not in self._leaving or any(
-            each.session == session for each in self._hosted.values()
-        ):
+        if session not in self._leaving or session in self._counts:
             return ()
         del self._leaving[session]
         return (SessionSettled(session),)
@@ -298,13 +299,15 @@ class Hosting:
             None if takes_lock else acquisition,
             expected_revision,
         )
-        self._hosted[identity] = _Hosted(
-            identity,
-            host,
-            "claiming",
-            claim=claim,
-            asked_by=(to, procedure),
-            chain=chain,
+        self._add(
+            _Hosted(
+                identity,
+                host,
+                "claiming",
+                claim=claim,
+                asked_by=(to, procedure),
+                chain=chain,
+            )
         )
         return (ClaimEntry(claim),)
 
@@ -546,7 +549,7 @@ class Hosting:
                 "giving up",
                 pid=Pid(identity, session, fencing_token),
             )
-            self._hosted[identity] = hosted
+            self._add(hosted)
             return (state("pending"), *self._give_up(hosted))
         if hosted.state == "active" and hosted.session == session:
             assert hosted.pid is not None
@@ -600,7 +603,16 @@ class Hosting:
             TellStartRefused(to, hosted.identity, procedure, hosted.session, refusal),
         )
 
+    def _add(self, hosted: _Hosted) -> None:
+        self._hosted[hosted.identity] = hosted
+        self._counts[hosted.session] = self._counts.get(hosted.session, 0) + 1
+
     def _remove(self, hosted: _Hosted) -> tuple[HostingEffect, ...]:
         del self._hosted[hosted.identity]
         self._again.pop(hosted.identity, None)
+        left = self._counts[hosted.session] - 1
+        if left:
+            self._counts[hosted.session] = left
+            return ()
+        del self._counts[hosted.session]
         return self._settled(hosted.session)
