@@ -66,7 +66,7 @@ def warm_resolve(effort: Effort) -> Measurement:
         return pair(resolves_of(cluster, names), look_ups_of(names), effort)
 
 
-def claims_of(nodes: Sequence[PlacementNode]) -> Work:
+def claims_of(nodes: Sequence[PlacementNode], batch: int = 4 * IN_FLIGHT) -> Work:
     """Resolve identities that nobody has, through all nodes, always many in flight."""
     numbers = itertools.count()
 
@@ -92,7 +92,7 @@ def claims_of(nodes: Sequence[PlacementNode]) -> Work:
             collect()
         assert len(tokens) == count
 
-    return Work(perform, 4 * IN_FLIGHT)
+    return Work(perform, batch)
 
 
 def question_and_answer() -> Work:
@@ -122,7 +122,8 @@ def cold_memory(effort: Effort) -> Measurement:
     """Claims over the memory store, against codec and queue alone."""
     with three_nodes() as cluster:
         nodes = [cluster.node(name) for name in cluster.nodes]
-        return pair(claims_of(nodes), question_and_answer(), effort)
+        ours = claims_of(nodes, effort.at_most(4 * IN_FLIGHT))
+        return pair(ours, question_and_answer(), effort)
 
 
 def cold_sqlite(effort: Effort) -> Measurement:
@@ -135,7 +136,7 @@ def cold_sqlite(effort: Effort) -> Measurement:
         counted, store = CountedStore.of(open_store(url))
         with three_nodes(store) as cluster, commits(Path(folder)) as raw:
             nodes = [cluster.node(name) for name in cluster.nodes]
-            ours = claims_of(nodes)
+            ours = claims_of(nodes, effort.at_most(4 * IN_FLIGHT))
             for _ in range(WARM_UPS):
                 ours.perform(ours.batch)
             written = counted.requests["claim"] / max(1, counted.calls["claim"])

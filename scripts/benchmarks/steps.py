@@ -6,7 +6,7 @@ calls between them, and the switches between threads.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from rich.table import Table
@@ -14,10 +14,21 @@ from rich.table import Table
 from actors.activation import Mail, _Turn
 from actors.future import Future
 from actors.node import PlacementNode
+from actors.store_memory import MemoryStore
 from messages import payload as payloads
 from messages.codec import Codec
 from messages.frames import Deliver
+from placement.claim import Claims, Requester, StartAt
+from placement.contracts import SessionRecord
+from placement.delivery import Deliveries, Outgoing, ResolvePid
+from placement.entry import Pid
+from placement.hosting import Hosting, StartActivation
 from placement.identity import Identity
+from placement.lease import Guard
+from placement.partition import PartitionTable
+from placement.pidcache import PidCache
+from placement.registry import VirtualActorRegistry
+from placement.topology import Member, SessionId, Topology
 from scripts.benchmarks.claims import claims_of, resolves_of, three_nodes
 from scripts.benchmarks.measure import Work, placed
 from scripts.benchmarks.messages import (
@@ -168,10 +179,132 @@ def _remote() -> Iterator[Step]:
         yield Step(way, WHOLE, _whole(flight_of(refs)))
 
 
+class _Timed:
+    """What each step takes over rounds of many, of which the best counts.
+
+    A step of a claim changes what the next one finds: so each is taken for all the
+    identities of a round before the next step is.
+    """
+
+    def __init__(self) -> None:
+        self.best: dict[str, float] = {}
+
+    def __call__(
+        self,
+        name: str,
+        call: Callable[[Any], Any],
+        arguments: Sequence[Any],
+        each_of: int = 1,
+    ) -> list[Any]:
+        """What `call` gives for each argument, which is for so many identities."""
+        began = time.process_time_ns()
+        found = [call(each) for each in arguments]
+        ns = (time.process_time_ns() - began) / (len(arguments) * each_of)
+        self.best[name] = min(ns, self.best.get(name, float("inf")))
+        return found
+
+
 def _claim() -> Iterator[Step]:
+    """A claim where the coordinator's own node hosts, as most are.
+
+    What the whole way has besides are inboxes, threads that wake each other, and for
+    two thirds of the identities a question and its answer between nodes.
+    """
+    timed = _Timed()
+    with node_here() as node:
+        for number in range(_ROUNDS):
+            _claims_apart(timed, [f"echo/{number}-{each}" for each in range(500)], node)
+    for name, ns in timed.best.items():
+        yield Step("claim, memory", name, ns)
     with three_nodes() as cluster:
         nodes = [cluster.node(name) for name in cluster.nodes]
         yield Step("claim, memory", WHOLE, _whole(claims_of(nodes), 1_000))
+
+
+def _claims_apart(timed: _Timed, names: list[str], node: PlacementNode) -> None:
+    """Some claims, step by step: what the actors of a node do, without the actors."""
+    member = Member(session=SessionId("node-1.boot#1"), kinds=("echo",))
+    session, here, far_ns = member.session, member.address, 10_000_000_000
+    table = PartitionTable.build(Topology(epoch=1, members=(member,)))
+    sender = Deliveries(PidCache(ttl_ns=far_ns, size_max=100_000))
+    sender.open()
+    sender.adopt(table, (), now_ns=0)
+    claims = Claims(
+        choose_host=lambda identity, of: of.host_of(identity),
+        find_here=lambda _: None,
+    )
+    claims.adopt(session, table, now_ns=0)
+    hosting = Hosting(kinds=frozenset({"echo"}))
+    hosting.begin(session)
+    store = MemoryStore()
+    store.open_session(SessionRecord(session=session, ttl_ms=5_000))
+    registry: VirtualActorRegistry[Any] = VirtualActorRegistry()
+
+    def parsed(name: str) -> Identity:
+        return Identity.parse(name)
+
+    def held(identity: Identity) -> Any:
+        return sender.hold(Outgoing(1, identity, far_ns, None), now_ns=0)[-1]
+
+    def requested(question: ResolvePid) -> Any:
+        return claims.request(
+            Requester(here, question.request),
+            question.identity,
+            epoch=1,
+            deadline_ns=far_ns,
+            now_ns=0,
+        )[-1]
+
+    def hosted(start: StartAt) -> Any:
+        return hosting.start(
+            start.identity,
+            acquisition=start.acquisition,
+            host=start.host,
+            expected_revision=start.expected_revision,
+            takes_lock=start.takes_lock,
+        )[-1]
+
+    def made(start: StartActivation) -> Pid:
+        activation, _ = node.make(start.pid, start.record, guard, ())
+        registry.add(start.pid, activation, now_ns=0, idle_after_ns=None)
+        return start.pid
+
+    guard = Guard(session, until_ns=far_ns)
+    identities = timed("parse the identity", parsed, names)
+    questions = timed("sender: hold the message, ask where it is", held, identities)
+    starts = timed("coordinator: begin a procedure", requested, questions)
+    entries = timed("host: what to write", hosted, starts)
+    requests = [each.request for each in entries]
+    outcomes = timed(
+        "store: write it, a hundred at once",
+        lambda first: store.claim(requests[first : first + 100]),
+        range(0, len(requests), 100),
+        each_of=100,
+    )
+    claimed = [each for some in outcomes for each in some]
+    told = timed(
+        "host: it is ours, start it",
+        lambda pair: hosting.claimed(*pair, now_ns=0),
+        list(zip(requests, claimed, strict=True)),
+    )
+    timed(
+        "coordinator: the claim is made",
+        lambda each: claims.claim_made(each.identity, each.procedure, now_ns=0),
+        [effects[-1] for effects in told],
+    )
+    pids = timed("host: make the activation", made, [effects[1] for effects in told])
+    served = timed("host: it serves", hosting.started, pids)
+    answers = timed(
+        "coordinator: answer who waits",
+        lambda each: claims.started(each.pid, each.procedure, now_ns=0)[-1],
+        [effects[-1] for effects in served],
+    )
+    sent = timed(
+        "sender: remember it, send what waited",
+        lambda answer: sender.resolved(answer.to.request, answer.pid, now_ns=0)[-1],
+        answers,
+    )
+    assert [each.pid.identity for each in sent] == names
 
 
 def table_of_steps(found: Iterable[Step]) -> Table:

@@ -91,6 +91,7 @@ def hash_of(tmp_path: Path, hash_seed: str, jobs: int) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.seeds
 def test_the_same_seeds_give_the_same_hash_whatever_runs_them(tmp_path: Path) -> None:
     wanted = simulate(range(7, 10), SMALL).as_json()["trace_hash"]
 
@@ -203,6 +204,7 @@ def calm(episodes: tuple[Episode, ...], *kinds: str) -> tuple[Any, ...]:
     return tuple(each for each in episodes if each.kind in kinds)
 
 
+@pytest.mark.seeds
 def test_clocks_beyond_the_assumed_bound_are_seen_to_break_a_rule() -> None:
     """The margin covers clocks that differ by a ninth; these differ by half."""
     scenario = Scenario(faults=(*FAULTS, "drift-beyond"), requests=2_000)
@@ -213,6 +215,7 @@ def test_clocks_beyond_the_assumed_bound_are_seen_to_break_a_rule() -> None:
     assert found.first[1].rule in {"one-activation", "closed-session", "owner-open"}
 
 
+@pytest.mark.seeds
 def test_where_nobody_is_told_who_has_left_no_rule_is_broken_either() -> None:
     found = Trial(2, Scenario(faults=(*FAULTS, MUTE), requests=2_000)).perform()
     assert found.violations == ()
