@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 import nats.aio.client
 from nats.aio.msg import Msg
+from nats.protocol import parser as protocol
 
 from actors.log import log
 from actors.nats_failure import NatsRefused
@@ -26,6 +27,11 @@ from actors.nats_url import NatsUrl
 
 Hear: TypeAlias = Callable[[str, bytes, bytes], None]
 """Called with the subject of a message, its data, and its headers as they came."""
+
+#: Read at once, where there is so much.
+_READ_BYTES = 64 * 1024
+#: Subject, subscription, size; with the subject of the reply before the size.
+_MSG_WORDS = (3, 4)
 
 
 def at_once(hear: Hear) -> Any:
@@ -99,6 +105,74 @@ class _Straight:
             self._writelines(rest)
 
 
+class _Parser(protocol.Parser):
+    """nats-py's parser, which knows whether it has had all that was read."""
+
+    def __init__(self, client: nats.aio.client.Client) -> None:
+        super().__init__(client)
+        #: What was left to nats-py's reader, and is not here yet. There may be some
+        #: of before the first call of `parse`.
+        self.is_behind = True
+
+    @property
+    def is_through(self) -> bool:
+        """Whether all that was read has been dealt with, to the end of a message."""
+        return not (
+            self.is_behind or self.buf or self.state != protocol.AWAITING_CONTROL_LINE
+        )
+
+    async def parse(self, data: bytes = b"") -> None:
+        """Deal with what nats-py's reader gave: of less than it may, that is all."""
+        self.is_behind = len(data) >= nats.aio.client.DEFAULT_BUFFER_SIZE
+        await super().parse(data)
+
+
+class _Ears(asyncio.BufferedProtocol):
+    """Has messages heard where they arrive, and leaves all else to nats-py's reader.
+
+    That one is a stream, and a task which is woken to read it: another round of the
+    loop, and another question to the system, in the way of each message. What is left
+    to it, and all that arrives until it is through with that, goes that way.
+    """
+
+    def __init__(self, client: "NatsClient", transport: asyncio.Transport) -> None:
+        self._client = client
+        self._stream: Any = transport.get_protocol()
+        # Of its own: a new buffer for each message is mapped, and given back.
+        self._buffer = memoryview(bytearray(_READ_BYTES))
+        transport.set_protocol(self)
+
+    def get_buffer(self, _: int) -> memoryview:
+        """Where to read to."""
+        return self._buffer
+
+    def buffer_updated(self, size: int) -> None:
+        """So much has arrived."""
+        data = bytes(self._buffer[:size])
+        if self._client.parser.is_through:
+            data = self._client.take(data)
+        if data:
+            self._client.parser.is_behind = True
+            self._stream.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        """Nothing will arrive any more."""
+        is_kept: bool | None = self._stream.eof_received()
+        return is_kept
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """It is over."""
+        self._stream.connection_lost(error)
+
+    def pause_writing(self) -> None:
+        """Have who writes wait."""
+        self._stream.pause_writing()
+
+    def resume_writing(self) -> None:
+        """Have them go on."""
+        self._stream.resume_writing()
+
+
 class NatsClient(nats.aio.client.Client):
     """A client of one connection, which it never makes anew.
 
@@ -112,6 +186,7 @@ class NatsClient(nats.aio.client.Client):
         self._heard = heard
         self._is_to_write = False
         self._straight: _Straight | None = None
+        self._ps = self.parser = _Parser(self)
 
     # --- out ---
 
@@ -182,20 +257,58 @@ class NatsClient(nats.aio.client.Client):
 
     # --- in ---
 
+    def open_ears(self) -> None:
+        """Once it is connected: have messages heard where they arrive."""
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None:
+            _Ears(self, writer.transport)
+
+    def take(self, data: bytes) -> bytes:
+        """Hear the whole messages with which `data` begins; what is left of it."""
+        begin, size = 0, len(data)
+        while data.startswith(b"MSG ", begin):
+            line_end = data.find(b"\r\n", begin)
+            if line_end < 0:
+                break
+            words = data[begin + 4 : line_end].split()
+            if len(words) not in _MSG_WORDS or not (
+                words[1].isdigit() and words[-1].isdigit()
+            ):
+                break  # nats-py says what is wrong
+            hear = self._who_hears(int(words[1]))
+            end = line_end + 2 + int(words[-1])
+            if hear is None or end + 2 > size:
+                break
+            begin, message = end + 2, data[line_end + 2 : end]
+            self._let_hear(hear, words[0], message, b"", is_all=begin == size)
+        return data[begin:]
+
     async def _process_msg(
         self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes
     ) -> None:
-        hear = getattr(getattr(self._subs.get(sid), "_cb", None), "hear", None)
+        hear = self._who_hears(sid)
         if hear is None:
             await super()._process_msg(sid, subject, reply, data, headers)
-            return
+        else:
+            is_all = not self._ps.buf
+            self._let_hear(hear, subject, data, headers or b"", is_all=is_all)
+
+    def _who_hears(self, sid: int) -> Hear | None:
+        hear: Hear | None = getattr(
+            getattr(self._subs.get(sid), "_cb", None), "hear", None
+        )
+        return hear
+
+    def _let_hear(
+        self, hear: Hear, subject: bytes, data: bytes, headers: bytes, *, is_all: bool
+    ) -> None:
         self.stats["in_msgs"] += 1
         self.stats["in_bytes"] += len(data)
         try:
-            hear(subject.decode(), data, headers or b"")
+            hear(subject.decode(), data, headers)
         except Exception:  # one message must not end the reading of all others
             log.exception("who hears a message of NATS raised")
-        self._heard(is_all=not self._ps.buf)
+        self._heard(is_all=is_all)
 
     # --- being let in ---
 

@@ -509,6 +509,7 @@ class NatsConnection:
             raise self._failure(cause) from cause
         self.max_payload = client.max_payload
         client.open_straight()
+        client.open_ears()
         self._lost.clear()
         with self._lock:
             self._client = client

@@ -1,15 +1,20 @@
-"""What our client of NATS writes beside nats-py: whole messages, in their order."""
+"""What our client of NATS writes and reads beside nats-py: whole, and in order."""
 
 import asyncio
+import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from random import Random
+from typing import Any
 
 import pytest
+from nats.aio.client import DEFAULT_BUFFER_SIZE
 
 from actors.loop_thread import LoopThread
-from actors.nats_client import _Straight
+from actors.nats_client import NatsClient, _Straight, at_once
+from actors.nats_url import parse_nats_url
 from tests.waiting import eventually
 
 MESSAGE_BYTES = 5_000
@@ -173,3 +178,186 @@ def test_its_reader_hears_of_the_end(is_closed_first: bool) -> None:  # noqa: FB
     with suppress(ConnectionResetError):
         assert far.recv(1) == b""
     far.close()
+
+
+# --- in ---
+
+HELLO = {"server_id": "x", "version": "2.12.0", "headers": True, "max_payload": 1 << 20}
+
+
+class Counted(NatsClient):
+    """Counts how much is taken where it arrives."""
+
+    taken_count = 0
+
+    def take(self, data: bytes) -> bytes:
+        before = self.stats["in_msgs"]
+        left = super().take(data)
+        self.taken_count += self.stats["in_msgs"] - before
+        return left
+
+
+@contextmanager
+def client_of(
+    pieces: list[bytes],
+    hear: Callable[[str, bytes, bytes], None],
+    *,
+    rounds: Sequence[int] = (0, 0, 1, 5, 40),
+) -> Iterator[Counted]:
+    """A client with one subscription, to whom a server says these pieces."""
+
+    random = Random(len(pieces))
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"INFO " + json.dumps(HELLO).encode() + b"\r\n")
+        while not (await reader.readline()).startswith(b"PING"):
+            pass
+        writer.write(b"PONG\r\n")
+        while not (await reader.readline()).startswith(b"SUB own"):
+            pass
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            # Some find the client through with all before, some do not.
+            for _ in range(random.choice(rounds)):
+                await asyncio.sleep(0)
+        await reader.read()
+        writer.close()
+
+    async def begin() -> tuple[asyncio.Server, Counted]:
+        server = await asyncio.start_server(speak, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        made = Counted(parse_nats_url(f"nats://127.0.0.1:{port}"), lambda **_: None)
+        await made.connect(
+            f"nats://127.0.0.1:{port}", allow_reconnect=False, error_cb=slowly
+        )
+        made.open_ears()
+        # Not among the first: nobody is known by the place in a list.
+        await made.subscribe("other", cb=at_once(lambda *_: None))
+        await made.subscribe("it", cb=at_once(hear))
+        # Of nats-py's own, which has no room, and says so for a while.
+        await made.subscribe("own", cb=slowly, pending_bytes_limit=1)
+        return server, made
+
+    async def slowly(_: Any) -> None:
+        for _ in range(60):
+            await asyncio.sleep(0)
+
+    async def end(server: asyncio.Server, made: Counted) -> None:
+        server.close()
+        await made.close()
+
+    thread = LoopThread("ears")
+    server, made = asyncio.run_coroutine_threadsafe(begin(), thread.loop).result(10)
+    try:
+        yield made
+    finally:
+        asyncio.run_coroutine_threadsafe(end(server, made), thread.loop).result(10)
+        thread.soon(thread.stop)
+        thread.join(10)
+
+
+def said(random: Random) -> tuple[bytes, tuple[str, bytes, bytes] | None]:
+    """Something that a server may say, and what of it is to be heard."""
+    data = b"%d " % random.randrange(1_000)
+    data += b"\r\nMSG " * random.choice((0, 0, 0, 1, 400, 30_000))
+    match random.randrange(8):
+        case 0:
+            return b"PING\r\n", None
+        case 1:
+            return b"+OK\r\n", None
+        case 2:  # not subscribed to any more
+            return b"MSG gone 99 %d\r\n%b\r\n" % (len(data), data), None
+        case 3:
+            head = b"NATS/1.0\r\nnumber: 1\r\n\r\n"
+            sizes = (len(head), len(head) + len(data))
+            line = b"HMSG it.h 2 %d %d\r\n%b%b\r\n" % (*sizes, head, data)
+            return line, ("it.h", data, head)
+        case _:
+            reply = random.choice((b"", b"_INBOX.1 "))
+            line = b"MSG it 2 %b%d\r\n%b\r\n" % (reply, len(data), data)
+            return line, ("it", data, b"")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_all_is_heard_whole_and_in_order_in_whatever_pieces_it_arrives(
+    seed: int,
+) -> None:
+    random = Random(seed)
+    pieces: list[bytes] = []
+    wanted: list[tuple[str, bytes, bytes]] = []
+    for _ in range(100):
+        some = [said(random) for _ in range(random.choice((1, 1, 1, 2, 10)))]
+        wanted += [heard for _, heard in some if heard is not None]
+        stream, begin = b"".join(line for line, _ in some), 0
+        while begin < len(stream):
+            size = random.choice((1, 5, 30, 70_000, 1_000_000, 1_000_000))
+            pieces.append(stream[begin : begin + size])
+            begin += size
+    heard: list[tuple[str, bytes, bytes]] = []
+    with client_of(pieces, lambda *message: heard.append(message)) as client:
+        eventually(lambda: len(heard) >= len(wanted))
+        assert heard == wanted
+        assert client.is_connected
+        # Of both kinds: there and then, and by nats-py's own reader.
+        assert 0.02 < client.taken_count / len(wanted) < 0.9
+
+
+def test_nothing_overtakes_what_waits_for_nats_py() -> None:
+    """Neither the rest of a message that is cut, nor what is beyond one reading."""
+    slow = b"MSG own 3 1\r\nx\r\n"
+    cut = b"MSG it 2 20\r\n"
+    payload = b"MSG it 2 4\r\nfake\r\n.."
+    padding = DEFAULT_BUFFER_SIZE - len(slow) - len(b"+OK\r\nMSG it 2 30000\r\n\r\n")
+    full = b"+OK\r\nMSG it 2 %d\r\n%b\r\n" % (padding, b"f" * padding) + slow
+    assert len(full) == DEFAULT_BUFFER_SIZE
+    pieces = [
+        b"+OK\r\n",
+        cut,
+        payload + b"\r\n",
+        b"MSG it 2 1\r\na",
+        b"\r\nMSG it 2 1\r\nb\r\n",
+        # While nats-py is busy with this one the next arrive, each by itself.
+        slow,
+        cut,
+        payload + b"\r\n",
+        b"MSG it 2 1\r\nc\r\n",
+        *(b"+OK\r\n",) * 10,
+        full + b"MSG it 2 1\r\nd\r\n",
+        b"MSG it 2 1\r\ne\r\n",
+    ]
+    heard: list[bytes] = []
+    with client_of(pieces, lambda _, data, __: heard.append(data[:20]), rounds=(10,)):
+        eventually(lambda: heard[-1:] == [b"e"])
+    assert heard == [payload, b"a", b"b", payload, b"c", b"f" * 20, b"d", b"e"]
+
+
+def test_one_who_raises_keeps_nobody_from_hearing_the_next() -> None:
+    heard: list[bytes] = []
+
+    def hear(_: str, data: bytes, __: bytes) -> None:
+        heard.append(data)
+        raise ValueError(data)
+
+    with client_of([b"MSG it 2 1\r\na\r\nMSG it 2 1\r\nb\r\n"], hear) as client:
+        eventually(lambda: heard == [b"a", b"b"])
+        assert client.is_connected
+
+
+@pytest.mark.parametrize(
+    "wrong", [b"MSG it 2 x\r\na\r\n", b"MSG it\r\n", b"MSG it two 1\r\na\r\n", b"?\r\n"]
+)
+def test_what_is_no_message_ends_the_connection(wrong: bytes) -> None:
+    heard: list[bytes] = []
+    pieces = [b"MSG it 2 1\r\na\r\n", wrong]
+    with client_of(pieces, lambda _, data, __: heard.append(data)) as client:
+        eventually(lambda: client.is_closed)
+        assert heard == [b"a"]
+
+
+def test_the_end_of_a_connection_is_seen() -> None:
+    pieces = [b"MSG it 2 1\r\na\r\n", b"-ERR 'Stale Connection'\r\n"]
+    heard: list[bytes] = []
+    with client_of(pieces, lambda _, data, __: heard.append(data)) as client:
+        eventually(lambda: client.is_closed)
+        assert heard == [b"a"]
