@@ -23,13 +23,14 @@ from scripts.benchmarks.report import (
     Row,
     below_floor,
     json_of,
+    markdown_of,
     print_table,
     read_floors,
     row_of,
     write_floors,
 )
 from scripts.benchmarks.soak import soak
-from scripts.benchmarks.steps import steps, table_of_steps
+from scripts.benchmarks.steps import markdown_of_steps, steps, table_of_steps
 
 _SOAK_MAX = 10_000.0
 
@@ -43,6 +44,11 @@ def _parser() -> argparse.ArgumentParser:
         const="-",
         metavar="FILE",
         help="one JSON object, into FILE, or on standard output and nothing else there",
+    )
+    add(
+        "--markdown",
+        metavar="FILE",
+        help="the table, or that of the steps, as Markdown too",
     )
     add(
         "--only",
@@ -156,7 +162,7 @@ def soaked(minutes: float, grains: int, json_to: str | None) -> int:
     return 1 if found.broken() else 0
 
 
-def stepped(json_to: str | None) -> int:
+def stepped(json_to: str | None, markdown_to: str | None) -> int:
     """Measure the steps, and print what each takes; the exit code."""
     with _progress("steps") as say:
         found = []
@@ -165,6 +171,8 @@ def stepped(json_to: str | None) -> int:
             found.append(step)
     if json_to is not None:
         _put(json.dumps([step._asdict() for step in found], indent=1), json_to)
+    if markdown_to is not None:
+        _put(markdown_of_steps(found), markdown_to)
     if json_to != "-":
         Console(width=None if sys.stdout.isatty() else 100).print(table_of_steps(found))
     return 0
@@ -202,7 +210,7 @@ def main(
         wanted = chosen(benchmarks, options.only)
     except ValueError as error:
         parser.error(str(error))
-    for path in (options.json, options.plot):
+    for path in (options.json, options.plot, options.markdown):
         # Before anything is measured: it would be lost.
         if path not in {None, "-"} and not Path(path).absolute().parent.is_dir():
             parser.error(f"there is no folder for {path}")
@@ -211,7 +219,7 @@ def main(
             parser.error("a soak takes minutes above 0, and a Grain at least")
         return soaked(options.soak, options.grains, options.json)
     if options.steps:
-        return stepped(options.json)
+        return stepped(options.json, options.markdown)
     if options.list:
         for each in wanted:
             print(f"{each.name:32} against {each.against}")
@@ -244,6 +252,8 @@ def main(
             curves=[asdict(point) for point in points],
         )
         _put(text, options.json)
+    if options.markdown is not None:
+        _put(markdown_of(rows), options.markdown)
     failures = [said for row in rows if (said := below_floor(row)) is not None]
     if not options.check:
         return 0

@@ -112,6 +112,34 @@ def print_table(rows: Sequence[Row]) -> None:
     console.print(table_of(rows))
 
 
+def markdown_of(rows: Iterable[Row]) -> str:
+    """The table for README."""
+    headings = {
+        "what": "---",
+        "ours": "---:",
+        "against": "---",
+        "its": "---:",
+        "ratio": "---:",
+        "goal": "---",
+        "": "---",
+        "published, per s": "---",
+    }
+    lines = [f"| {' | '.join(each)} |" for each in (headings, headings.values())]
+    for row in rows:
+        cells = (
+            f"`{row.name}`",
+            value_of(row.ours, row.unit),
+            row.against,
+            value_of(row.limit, row.unit),
+            f"{row.ratio:.2g}",
+            row.goal,
+            {None: "", True: "reached", False: "not yet"}[row.reached],
+            row.published,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def json_of(rows: Iterable[Row], **about: Any) -> str:
     """One object."""
     return json.dumps(

@@ -316,3 +316,10 @@ def table_of_steps(found: Iterable[Step]) -> Table:
             step.way, step.name, f"{step.ns:,.0f}", end_section=step.name == WHOLE
         )
     return table
+
+
+def markdown_of_steps(found: Iterable[Step]) -> str:
+    """For ARCHITECTURE.md."""
+    lines = ["| way | step | ns |", "| --- | --- | ---: |"]
+    lines += [f"| {step.way} | {step.name} | {step.ns:,.0f} |" for step in found]
+    return "\n".join(lines)

@@ -94,6 +94,21 @@ def test_json_into_a_file_leaves_the_table(
     assert "somebody 7" in printed
 
 
+def test_markdown_has_a_row_for_each(tmp_path: Path) -> None:
+    assert run("--markdown", str(tmp_path / "b.md")) == 0
+
+    lines = (tmp_path / "b.md").read_text().splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[2].startswith("| `ask/a` | 50/s | what was given | 100/s | 0.5 |")
+    assert [line.split("|")[7].strip() for line in lines[2:]] == [
+        "not yet",
+        "reached",
+        "reached",
+    ]
+    with pytest.raises(SystemExit):
+        run("--markdown", str(tmp_path / "no" / "b.md"))
+
+
 def test_only_chooses_by_how_names_begin(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--json", "-", "--only", "ask/b", "--only", "idle") == 0
 
@@ -262,18 +277,21 @@ def test_a_soak_counts_what_it_did_and_judges_that() -> None:
 
 
 def test_steps_are_told_each_with_its_way(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     for name, value in (("_ROUNDS", 1), ("_TIMES", 10), ("_WAYS", 100)):
         monkeypatch.setattr(steps_module, name, value)
 
-    assert main(["--steps", "--json"]) == 0
+    assert main(["--steps", "--json", "--markdown", str(tmp_path / "s.md")]) == 0
 
     found = [steps_module.Step(**each) for each in json.loads(capsys.readouterr().out)]
     ways = dict.fromkeys(step.way for step in found)
     wholes = [step.way for step in found if step.name == steps_module.WHOLE]
     assert wholes == list(ways)
     assert all(step.ns > 0 for step in found if step.name == steps_module.WHOLE)
+    assert len((tmp_path / "s.md").read_text().splitlines()) == len(found) + 2
     assert "encode a frame" in str(steps_module.table_of_steps(found).columns[1]._cells)
 
 
