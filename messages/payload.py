@@ -56,32 +56,43 @@ def copy(value: Any) -> Any:
     return copied
 
 
-def _flat_copy(
-    value: dict[Any, Any], *, is_inner: bool = False
-) -> dict[Any, Any] | None:
-    """A copy of a small dict of scalars, or of such dicts: the usual message, a call.
+def _flatness(value: dict[Any, Any], *, is_inner: bool = False) -> int:
+    """1: a small dict of scalars; 2: of such dicts too; 0: not so simple.
 
-    None: it is another, and has to be looked at in full.
+    The usual message, in one call.
     """
-    copied = value.copy()
+    found = 1
     for key, item in value.items():
         if type(key) is not str or len(key) > _FLAT_TEXT or not key.isascii():
-            return None
+            return 0
         kind = type(item)
         if kind is int:
             if not INT_MIN <= item <= INT_MAX:
-                return None
+                return 0
         elif kind is str:
             if len(item) > _FLAT_TEXT or not item.isascii():
-                return None
+                return 0
         elif kind is dict and len(item) <= _FLAT_ITEMS and not is_inner:
-            inner = _flat_copy(item, is_inner=True)
-            if inner is None:
-                return None
-            copied[key] = inner
+            if not _flatness(item, is_inner=True):
+                return 0
+            found = 2
         elif kind not in _SCALARS:
+            return 0
+    return found
+
+
+def _flat_copy(value: dict[Any, Any]) -> dict[Any, Any] | None:
+    """A copy of what is flat, or none."""
+    match _flatness(value):
+        case 0:
             return None
-    return copied
+        case 1:
+            return value.copy()
+        case _:
+            return {
+                key: item.copy() if type(item) is dict else item
+                for key, item in value.items()
+            }
 
 
 def request_id_of(value: Any) -> str:
@@ -135,6 +146,8 @@ def check(value: Any) -> None:
     Raises:
         BadMessage: it cannot be carried; the message names the place.
     """
+    if type(value) is dict and len(value) <= _FLAT_ITEMS and _flatness(value):
+        return
     copy(value)
 
 

@@ -5,10 +5,13 @@ a step costs where nothing disturbs it. What a whole way costs beyond its steps 
 calls between them, and the switches between threads.
 """
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 from rich.table import Table
 
 from actors.activation import Mail, _Turn
@@ -46,11 +49,17 @@ _WAYS = 4_000
 
 
 class Step(NamedTuple):
-    """A step of `way`, and its nanoseconds; the whole way is named so."""
+    """A step of `way`, and its nanoseconds; the whole way is named so.
+
+    A whole way has no limit here: its row in the benchmarks does.
+    """
 
     way: str
     name: str
     ns: float
+    #: The least that does the same in plain Python, and its nanoseconds.
+    limit: str = ""
+    limit_ns: float = 0.0
 
 
 WHOLE = "the whole way"
@@ -81,14 +90,100 @@ def _whole(work: Work, count: int = _WAYS) -> float:
     return _best(work.perform, count, _ROUNDS)
 
 
+class _Bare(msgspec.Struct, gc=False):
+    """An object of our usual size, made as cheaply as any can be."""
+
+    a: int
+    b: int
+    c: int
+    d: int
+    e: int
+
+
+def _made() -> object:
+    return _Bare(1, 2, 3, 4, 5)
+
+
+def _limits() -> dict[str, Callable[[], object]]:
+    """What a step cannot do without, by what it is called."""
+    known, message, queue = {"echo/1": 1}, {"n": 1}, deque[object]()
+    lists = ["a.1", "b.1", 5, [2, "echo/1", 17, 5, {"n": 5}, "", 10_000, []]]
+    pack, unpack = msgspec.msgpack.encode, msgspec.msgpack.decode
+    packed = pack(lists)
+
+    def through_a_queue() -> None:
+        queue.append(message)
+        queue.popleft()
+
+    def kept() -> None:
+        known["echo/1"] = _made()  # type: ignore[assignment]
+
+    def kept_twice() -> None:
+        kept()
+        kept()
+
+    return {
+        "": lambda: None,
+        "a clock": time.monotonic_ns,
+        "a look-up in a dict": lambda: known.get("echo/1"),
+        "a copy of a dict": lambda: dict(message),
+        "an object": _made,
+        "a comparison": lambda: len(packed) > 1,
+        "an append and a pop": through_a_queue,
+        "an object and a lock": lambda: (_made(), threading.Lock()),
+        "packing alone": lambda: pack(lists),
+        "unpacking alone": lambda: unpack(packed),
+        "an object in a dict": kept,
+        "two objects in dicts": kept_twice,
+    }
+
+
+#: What each step is measured against.
+_AGAINST = {
+    "read the clock": "a clock",
+    "find it, look at time and epoch": "a look-up in a dict",
+    "check and copy the payload": "a copy of a dict",
+    "make the mail": "an object",
+    "take a number": "a comparison",
+    "find the activation": "a look-up in a dict",
+    "put it into the mailbox, take it": "an append and a pop",
+    "ask the guard": "a comparison",
+    "enter and leave user code": "a comparison",
+    "make the turn": "an object",
+    "make the future": "an object and a lock",
+    "handle it, check and copy the answer, ask the guard": "a copy of a dict",
+    "encode a frame (two)": "packing alone",
+    "decode and check a frame (two)": "unpacking alone",
+    "parse an identity": "a look-up in a dict",
+    "parse the identity": "a look-up in a dict",
+    "sender: hold the message, ask where it is": "two objects in dicts",
+    "coordinator: begin a procedure": "two objects in dicts",
+    "host: what to write": "two objects in dicts",
+    "store: write it, a hundred at once": "an object in a dict",
+    "host: it is ours, start it": "two objects in dicts",
+    "coordinator: the claim is made": "a look-up in a dict",
+    "host: make the activation": "two objects in dicts",
+    "host: it serves": "two objects in dicts",
+    "coordinator: answer who waits": "two objects in dicts",
+    "sender: remember it, send what waited": "two objects in dicts",
+}
+
+
 def steps() -> Iterator[Step]:
     """All that are measured, each way after its steps."""
     with placed(is_pinned=True):
-        yield from _resolve()
-        with node_here() as node:
-            yield from _local(node)
-        yield from _remote()
-        yield from _claim()
+        limits = {name: _each(call) for name, call in _limits().items()}
+        for step in _all_steps():
+            limit = _AGAINST.get(step.name, "")
+            yield step._replace(limit=limit, limit_ns=limits[limit])
+
+
+def _all_steps() -> Iterator[Step]:
+    yield from _resolve()
+    with node_here() as node:
+        yield from _local(node)
+    yield from _remote()
+    yield from _claim()
 
 
 def _resolve() -> Iterator[Step]:
@@ -307,19 +402,31 @@ def _claims_apart(timed: _Timed, names: list[str], node: PlacementNode) -> None:
     assert [each.pid.identity for each in sent] == names
 
 
+def _cells(step: Step) -> tuple[str, ...]:
+    limit_ns = f"{step.limit_ns:,.0f}" if step.limit else ""
+    return step.way, step.name, f"{step.ns:,.0f}", step.limit, limit_ns
+
+
+_HEADINGS = {
+    "way": "---",
+    "step": "---",
+    "ns": "---:",
+    "at least": "---",
+    "its ns": "---:",
+}
+
+
 def table_of_steps(found: Iterable[Step]) -> Table:
     """For a terminal."""
-    table = Table("way", "step")
-    table.add_column("ns", justify="right")
+    table = Table()
+    for heading, line in _HEADINGS.items():
+        table.add_column(heading, justify="right" if line.endswith(":") else "left")
     for step in found:
-        table.add_row(
-            step.way, step.name, f"{step.ns:,.0f}", end_section=step.name == WHOLE
-        )
+        table.add_row(*_cells(step), end_section=step.name == WHOLE)
     return table
 
 
 def markdown_of_steps(found: Iterable[Step]) -> str:
     """For ARCHITECTURE.md."""
-    lines = ["| way | step | ns |", "| --- | --- | ---: |"]
-    lines += [f"| {step.way} | {step.name} | {step.ns:,.0f} |" for step in found]
-    return "\n".join(lines)
+    lines = [_HEADINGS, _HEADINGS.values(), *map(_cells, found)]
+    return "\n".join(f"| {' | '.join(each)} |" for each in lines)
