@@ -32,6 +32,7 @@ Hear: TypeAlias = Callable[[str, bytes, bytes], None]
 _READ_BYTES = 64 * 1024
 #: Subject, subscription, size; with the subject of the reply before the size.
 _MSG_WORDS = (3, 4)
+_DIGITS_MAX = 18
 
 
 def at_once(hear: Hear) -> Any:
@@ -46,6 +47,10 @@ def at_once(hear: Hear) -> Any:
 
     received.hear = hear  # type: ignore[attr-defined]
     return received
+
+
+def _is_number(text: bytes) -> bool:
+    return text.isdigit() and len(text) <= _DIGITS_MAX
 
 
 class _Straight:
@@ -110,9 +115,9 @@ class _Parser(protocol.Parser):
 
     def __init__(self, client: nats.aio.client.Client) -> None:
         super().__init__(client)
-        #: What was left to nats-py's reader, and is not here yet. There may be some
-        #: of before the first call of `parse`.
+        #: Whether nats-py's reader may have something that is not here yet.
         self.is_behind = True
+        self._left_size = 0
 
     @property
     def is_through(self) -> bool:
@@ -121,38 +126,42 @@ class _Parser(protocol.Parser):
             self.is_behind or self.buf or self.state != protocol.AWAITING_CONTROL_LINE
         )
 
+    def leave(self, size: int) -> None:
+        """So much is left to nats-py's reader."""
+        self.is_behind = True
+        self._left_size += size
+
     async def parse(self, data: bytes = b"") -> None:
         """Deal with what nats-py's reader gave: of less than it may, that is all."""
-        self.is_behind = len(data) >= nats.aio.client.DEFAULT_BUFFER_SIZE
+        self._left_size = max(0, self._left_size - len(data))
+        self.is_behind = (
+            self._left_size > 0 or len(data) >= nats.aio.client.DEFAULT_BUFFER_SIZE
+        )
         await super().parse(data)
 
 
-class _Ears(asyncio.BufferedProtocol):
+class _Ears(asyncio.Protocol):
     """Has messages heard where they arrive, and leaves all else to nats-py's reader.
 
     That one is a stream, and a task which is woken to read it: another round of the
     loop, and another question to the system, in the way of each message. What is left
-    to it, and all that arrives until it is through with that, goes that way.
+    to it, and all that arrives until it is through with that, goes that way; and so
+    does all from the moment at which nats-py takes the connection for closed.
     """
 
     def __init__(self, client: "NatsClient", transport: asyncio.Transport) -> None:
-        self._client = client
+        self._client, self._parser = client, client.parser
         self._stream: Any = transport.get_protocol()
-        # Of its own: a new buffer for each message is mapped, and given back.
-        self._buffer = memoryview(bytearray(_READ_BYTES))
+        # It may have got something since.
+        self._parser.is_behind = True
         transport.set_protocol(self)
 
-    def get_buffer(self, _: int) -> memoryview:
-        """Where to read to."""
-        return self._buffer
-
-    def buffer_updated(self, size: int) -> None:
+    def data_received(self, data: bytes) -> None:
         """So much has arrived."""
-        data = bytes(self._buffer[:size])
-        if self._client.parser.is_through:
+        if self._parser.is_through and self._client.is_connected:
             data = self._client.take(data)
         if data:
-            self._client.parser.is_behind = True
+            self._parser.leave(len(data))
             self._stream.data_received(data)
 
     def eof_received(self) -> bool | None:
@@ -173,6 +182,26 @@ class _Ears(asyncio.BufferedProtocol):
         self._stream.resume_writing()
 
 
+class _BufferedEars(_Ears, asyncio.BufferedProtocol):
+    """The same with one buffer for all: a new one is mapped and given back each time.
+
+    Not over TLS: there asyncio reads no more at once than the buffer holds, and drops
+    what is left when the other side has ended.
+    """
+
+    def __init__(self, client: "NatsClient", transport: asyncio.Transport) -> None:
+        self._buffer = memoryview(bytearray(_READ_BYTES))
+        super().__init__(client, transport)
+
+    def get_buffer(self, _: int) -> memoryview:
+        """Where to read to."""
+        return self._buffer
+
+    def buffer_updated(self, size: int) -> None:
+        """So much has arrived."""
+        self.data_received(bytes(self._buffer[:size]))
+
+
 class NatsClient(nats.aio.client.Client):
     """A client of one connection, which it never makes anew.
 
@@ -187,6 +216,7 @@ class NatsClient(nats.aio.client.Client):
         self._is_to_write = False
         self._straight: _Straight | None = None
         self._ps = self.parser = _Parser(self)
+        self._is_deaf = False
 
     # --- out ---
 
@@ -261,7 +291,12 @@ class NatsClient(nats.aio.client.Client):
         """Once it is connected: have messages heard where they arrive."""
         writer = getattr(self._transport, "_io_writer", None)
         if writer is not None:
-            _Ears(self, writer.transport)
+            is_plain = writer.transport.get_extra_info("ssl_object") is None
+            (_BufferedEars if is_plain else _Ears)(self, writer.transport)
+
+    def hear_no_more(self) -> None:
+        """Drop what arrives: the next connection may have the same subscriptions."""
+        self._is_deaf = True
 
     def take(self, data: bytes) -> bytes:
         """Hear the whole messages with which `data` begins; what is left of it."""
@@ -272,7 +307,7 @@ class NatsClient(nats.aio.client.Client):
                 break
             words = data[begin + 4 : line_end].split()
             if len(words) not in _MSG_WORDS or not (
-                words[1].isdigit() and words[-1].isdigit()
+                _is_number(words[1]) and _is_number(words[-1])
             ):
                 break  # nats-py says what is wrong
             hear = self._who_hears(int(words[1]))
@@ -302,6 +337,8 @@ class NatsClient(nats.aio.client.Client):
     def _let_hear(
         self, hear: Hear, subject: bytes, data: bytes, headers: bytes, *, is_all: bool
     ) -> None:
+        if self._is_deaf:
+            return
         self.stats["in_msgs"] += 1
         self.stats["in_bytes"] += len(data)
         try:

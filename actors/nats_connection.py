@@ -552,6 +552,7 @@ class NatsConnection:
             self._outbound.clear()
             # Here, since a task that is ended before its first step says nothing.
             self._is_draining = False
+        client.hear_no_more()
         why = client.last_error
         for task in tuple(self._tasks):
             task.cancel()

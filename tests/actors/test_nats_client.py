@@ -3,17 +3,20 @@
 import asyncio
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from random import Random
+from threading import Event
 from typing import Any
 
 import pytest
 from nats.aio.client import DEFAULT_BUFFER_SIZE
 
 from actors.loop_thread import LoopThread
-from actors.nats_client import NatsClient, _Straight, at_once
+from actors.nats_client import NatsClient, _Parser, _Straight, at_once
 from actors.nats_url import parse_nats_url
 from tests.waiting import eventually
 
@@ -182,13 +185,19 @@ def test_its_reader_hears_of_the_end(is_closed_first: bool) -> None:  # noqa: FB
 
 # --- in ---
 
+TLS = Path(__file__).parents[1] / "data" / "tls"
+TLS_FIRST = {"tls_required": True}
 HELLO = {"server_id": "x", "version": "2.12.0", "headers": True, "max_payload": 1 << 20}
 
 
 class Counted(NatsClient):
     """Counts how much is taken where it arrives."""
 
-    taken_count = 0
+    taken_count = ping_count = 0
+
+    async def _process_ping(self) -> None:
+        self.ping_count += 1
+        await super()._process_ping()
 
     def take(self, data: bytes) -> bytes:
         before = self.stats["in_msgs"]
@@ -199,7 +208,7 @@ class Counted(NatsClient):
 
 @contextmanager
 def client_of(
-    pieces: list[bytes],
+    pieces: Sequence[Any],  # bytes, or what is waited for before the next
     hear: Callable[[str, bytes, bytes], None],
     *,
     rounds: Sequence[int] = (0, 0, 1, 5, 40),
@@ -216,6 +225,10 @@ def client_of(
         while not (await reader.readline()).startswith(b"SUB own"):
             pass
         for piece in pieces:
+            if isinstance(piece, Event):
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(None, piece.wait, 20)
+                continue
             writer.write(piece)
             await writer.drain()
             # Some find the client through with all before, some do not.
@@ -345,7 +358,15 @@ def test_one_who_raises_keeps_nobody_from_hearing_the_next() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [b"MSG it 2 x\r\na\r\n", b"MSG it\r\n", b"MSG it two 1\r\na\r\n", b"?\r\n"]
+    "wrong",
+    [
+        b"MSG it 2 x\r\na\r\n",
+        b"MSG it\r\n",
+        b"MSG it two 1\r\na\r\n",
+        b"MSG it 2 %b\r\na\r\n" % (b"1" * 5_000),
+        b"?\r\n",
+    ],
+    ids=["size", "words", "sid", "digits", "nothing"],
 )
 def test_what_is_no_message_ends_the_connection(wrong: bytes) -> None:
     heard: list[bytes] = []
@@ -361,3 +382,120 @@ def test_the_end_of_a_connection_is_seen() -> None:
     with client_of(pieces, lambda _, data, __: heard.append(data)) as client:
         eventually(lambda: client.is_closed)
         assert heard == [b"a"]
+
+
+LATE = [b"MSG it 2 1\r\nb\r\nPING\r\n"]
+
+
+def test_a_client_that_is_lost_hears_nothing_more() -> None:
+    heard: list[bytes] = []
+    late = Event()
+    pieces = [b"MSG it 2 1\r\na\r\n", late, *LATE]
+    with client_of(pieces, lambda _, data, __: heard.append(data)) as client:
+        eventually(lambda: heard == [b"a"])
+        client.hear_no_more()
+        late.set()
+        eventually(lambda: client.ping_count)
+    assert heard == [b"a"]
+
+
+def test_what_arrives_for_a_closed_client_is_left_to_nats_py() -> None:
+    """Which reads nothing more, though it waits for a peer that does not read."""
+    heard: list[bytes] = []
+    late = Event()
+    pieces = [b"+OK\r\n", b"MSG it 2 1\r\na\r\n", late, *LATE]
+    with client_of(
+        pieces, lambda _, data, __: heard.append(data), rounds=(40,)
+    ) as client:
+        eventually(lambda: client.taken_count == 1)
+        client._status = NatsClient.CLOSED
+        late.set()
+        eventually(lambda: client.ping_count)
+        assert client.taken_count == 1
+        client._status = NatsClient.CONNECTED
+
+
+def test_what_nats_py_has_not_read_yet_comes_first() -> None:
+    parser = _Parser(NatsClient(parse_nats_url("nats://127.0.0.1"), lambda **_: None))
+    assert not parser.is_through
+
+    asyncio.run(parser.parse(b"+OK\r\n"))
+    assert parser.is_through
+    parser.leave(10)
+    assert not parser.is_through
+    # Less than it might read, and yet not all.
+    asyncio.run(parser.parse(b"+OK\r\n"))
+    assert not parser.is_through
+    asyncio.run(parser.parse(b"+OK\r\n"))
+    assert parser.is_through
+    asyncio.run(parser.parse(b"+OK\r\n" * DEFAULT_BUFFER_SIZE))
+    assert not parser.is_through
+
+
+@pytest.mark.parametrize("end", ["close_notify", "nothing said"])
+def test_over_tls_all_is_heard_that_came_before_the_end(end: str) -> None:
+    """However much of it waits when the loop comes to look."""
+    count, message = 250, b"MSG it 1 1000\r\n%b\r\n" % (b"x" * 1_000)
+    go, sent = Event(), Event()
+
+    def serve(listening: socket.socket) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(TLS / "server.pem", TLS / "server.key")
+        plain, _ = listening.accept()
+        with context.wrap_socket(plain, server_side=True) as wire:
+            wire.sendall(b"INFO %b\r\n" % json.dumps(HELLO | TLS_FIRST).encode())
+            got = b""
+            while b"SUB it" not in got:
+                got += wire.recv(65_536)
+                if got.endswith(b"PING\r\n"):
+                    wire.sendall(b"PONG\r\n")
+            assert go.wait(20)
+            wire.sendall(message * count)
+            if end == "close_notify":
+                wire.setblocking(False)
+                with suppress(ssl.SSLError):
+                    wire.unwrap()
+            socket.socket.shutdown(wire, socket.SHUT_WR)
+            sent.set()
+            assert closed.wait(20)
+
+    heard: list[bytes] = []
+    closed = Event()
+
+    async def listen(port: int) -> None:
+        url = f"nats://localhost:{port}"
+        client = NatsClient(parse_nats_url(url), lambda **_: None)
+        await client.connect(
+            url,
+            allow_reconnect=False,
+            tls=ssl.create_default_context(cafile=TLS / "ca.pem"),
+            tls_handshake_first=True,
+            error_cb=quiet,
+        )
+        client.open_ears()
+        wire: Any = client._transport
+        own = wire._io_writer.transport.get_extra_info("socket")
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 21)
+        await client.subscribe("it", cb=at_once(lambda _, data, __: heard.append(data)))
+        await client._flush_pending(force_flush=True)
+        await asyncio.sleep(0.05)
+        go.set()
+        assert sent.wait(20)  # and nobody reads meanwhile
+        for _ in range(2_000):
+            if client.is_closed:
+                break
+            await asyncio.sleep(0.01)
+        assert client.is_closed
+
+    async def quiet(_: Exception) -> None:
+        pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = threading.Thread(target=serve, args=(listening,))
+        server.start()
+        try:
+            asyncio.run(listen(listening.getsockname()[1]))
+        finally:
+            closed.set()
+            server.join(20)
+    assert len(heard) == count
