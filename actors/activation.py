@@ -8,7 +8,6 @@ when the store has confirmed that save (the output gate).
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from random import Random
 from types import CoroutineType
 from typing import Any, Protocol
@@ -45,6 +44,7 @@ from placement.identity import Identity
 from placement.lease import Guard, Latch
 from placement.registry import Registered
 from placement.topology import SessionId
+from placement.value import record
 
 TURNS_AT_ONCE = 64
 _SAVE_AGAIN_NS = 50_000_000
@@ -200,14 +200,14 @@ class _Turn(msgspec.Struct, eq=False):
     awaiting: Future | None = None
 
 
-@dataclass(slots=True, eq=False)
+@record
 class _TimerMail:
     """A timer that has fired, waiting for its turn."""
 
     timer: Timer
 
 
-@dataclass(slots=True, eq=False)
+@record
 class OutputGate:
     """What may not leave before the store has confirmed a save.
 

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -17,6 +16,7 @@ from placement.errors import NotReady
 from placement.event import Event
 from placement.identity import Identity
 from placement.pidcache import PlacementResolution
+from placement.value import value
 
 if TYPE_CHECKING:
     from actors.simulation import SimulatedCluster
@@ -26,7 +26,7 @@ __all__ = ["Cluster", "ClusterEvents", "ClusterSnapshot", "StoreInUse"]
 _ENTRY = "entry"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True, sealed=True)
 class ClusterSnapshot:
     """The cluster as its entry knows it, and each node's own view. Immutable."""
 

@@ -5,7 +5,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from random import Random
 from types import TracebackType
 from typing import Any, Protocol
@@ -25,6 +24,7 @@ from placement.errors import NotReady
 from placement.partition import PARTITIONS_DEFAULT, PartitionTable
 from placement.session import Watch
 from placement.topology import Address, SessionId, Topology
+from placement.value import value
 
 _STOP_S = 10.0
 _YEAR_S = 365 * 86_400.0
@@ -34,7 +34,7 @@ class StoreInUse(ValueError):
     """Another process's sessions are alive in the store, and cannot be reached."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True, sealed=True)
 class Settings:
     """What holds for a whole cluster; times in seconds.
 

@@ -1,6 +1,6 @@
 """The entry to placement: `IdentityLookup`, and its implementation over partitions."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Protocol
 
 from actors.engine import Settings
@@ -9,6 +9,7 @@ from placement.entry import Pid
 from placement.identity import Identity
 from placement.pidcache import PlacementResolution
 from placement.topology import SessionId
+from placement.value import value
 
 
 class IdentityLookup(Protocol):
@@ -42,7 +43,7 @@ class IdentityLookup(Protocol):
         """End the activations here that were not used for `idle_for` seconds."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True, sealed=True)
 class PartitionIdentityLookupConfig:
     """What a lookup over partitions is made with."""
 

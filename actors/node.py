@@ -4,7 +4,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol, Self
 
@@ -83,6 +82,7 @@ from placement.pidcache import PidCache, PlacementResolution
 from placement.registry import VirtualActorRegistry
 from placement.session import Observer, OwnSession
 from placement.topology import Address, Member, SessionId, Topology, address_of
+from placement.value import value
 
 #: So many members are named to a client that asks: the others it hears of by
 #: redirects.
@@ -107,7 +107,7 @@ class Witness(Protocol):
         """All activations on `node` ended with it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True, sealed=True)
 class ActivationSnapshot:
     """One activation of a node, when the snapshot was taken."""
 
@@ -116,7 +116,7 @@ class ActivationSnapshot:
     session: SessionId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True, sealed=True)
 class Snapshot:
     """A node's state as it was when asked for; it does not change.
 

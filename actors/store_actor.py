@@ -6,7 +6,7 @@ waits behind other effects: but for the batch under way, in a store of one write
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, ClassVar, TypeAlias
 
 from actors.dispatch import DispatchedActor, Dispatcher
@@ -30,7 +30,7 @@ from placement.session import (
     StoreTrouble,
     WriteMembers,
 )
-from placement.value import value
+from placement.value import record, value
 
 #: How long the requests of a failed batch are tried one by one.
 _ALONE_NS = 500_000_000
@@ -120,7 +120,7 @@ def _grouped(urgent: list[Perform]) -> list[tuple[SessionRequest, list[Perform]]
     )
 
 
-@dataclass(slots=True, eq=False)
+@record
 class _Step:
     """One request to the store, and whom its outcome is for."""
 

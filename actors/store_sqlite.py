@@ -33,6 +33,7 @@ from actors.store_rows import (
 from placement.contracts import SessionRecord, StoreFailure
 from placement.identity import Identity
 from placement.topology import SessionId, Topology
+from placement.value import value
 
 APPLICATION_ID = 0x61637470  # "actp"
 SCHEMA_VERSION = 1
@@ -128,7 +129,7 @@ _READ_MEMBERS = "SELECT epoch, members FROM membership"
 _WRITE_MEMBERS = "UPDATE membership SET epoch = ?, members = ?"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True, sealed=True)
 class SqliteFile:
     """Which file, and how it is used.
 

@@ -13,7 +13,7 @@ import heapq
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TypeAlias
 
 from placement.contracts import (
@@ -31,7 +31,7 @@ from placement.identity import Identity
 from placement.partition import PartitionTable
 from placement.retry import RetryPolicy
 from placement.topology import Address, Member, SessionId
-from placement.value import value
+from placement.value import record, value
 
 FindHere: TypeAlias = Callable[[Identity], Pid | None]
 """The activation that serves on this very node, where there is one."""
@@ -177,7 +177,7 @@ ClaimEffect: TypeAlias = (
 )
 
 
-@dataclass(slots=True, eq=False)
+@record
 class _Procedure:
     """One run of the procedure: what it waits for, and who waits for it.
 

@@ -16,7 +16,6 @@ that they find named and absent.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from placement.entry import Acquisition, ActivationEntry, ActivationRecord, Pid
@@ -241,7 +240,7 @@ class ActivationStorage(Protocol):
 # --- sessions and membership -------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True, sealed=True)
 class SessionRecord:
     """The stored record of a session.
 
@@ -256,7 +255,7 @@ class SessionRecord:
     closed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value(sealed=True)
 class SessionView:
     """One reading: the membership, and the records of all open sessions.
 

@@ -13,7 +13,7 @@ bounce. Times are nanoseconds of the caller's clock.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -26,7 +26,7 @@ from placement.partition import PartitionTable
 from placement.pidcache import PidCache
 from placement.retry import RetryPolicy
 from placement.topology import Address, SessionId, address_of
-from placement.value import value
+from placement.value import record, value
 
 BOUNCES_MAX = 16
 
@@ -51,7 +51,7 @@ _AGAIN = RetryPolicy(first_ns=5_000_000, largest_ns=500_000_000)
 _UNANSWERED = RetryPolicy(first_ns=1_000_000_000, largest_ns=4_000_000_000)
 
 
-@dataclass(slots=True, eq=False)
+@record
 class Outgoing:
     """A message on its way to an identity.
 
@@ -116,7 +116,7 @@ _NOWHERE: Mapping[Identity, SessionId] = MappingProxyType({})
 _NOT_IN_TIME = Refusal("Pending", "its placement was not known in time")
 
 
-@dataclass(slots=True, eq=False)
+@record
 class _Hold:
     """The messages to one identity that wait, and for what.
 

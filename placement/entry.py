@@ -1,13 +1,13 @@
 """What is stored of an identity: its owner, its state, its fencing token, its lock."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from placement.identity import Identity
 from placement.topology import Address, SessionId, address_of, node_of
 from placement.value import value
 
 
-@dataclass(frozen=True, slots=True)
+@value(sealed=True)
 class Pid:
     """The reference to one activation: identity, hosting session, fencing token.
 

@@ -6,8 +6,9 @@ wire carries it as one, and the public entry raises it under the same name.
 
 import inspect
 import typing
-from dataclasses import dataclass
 from typing import Any, ClassVar, dataclass_transform
+
+from placement.value import value
 
 TEXT_MAX = 4096
 
@@ -176,9 +177,9 @@ class Rejected(PlacementError):
         super().__init__(said)
         self.fields = fields
         self.type_name = cls.declared_name()
-        for name, value in fields.items():
+        for name, given in fields.items():
             if cls is not Rejected:
-                setattr(self, name, value)
+                setattr(self, name, given)
 
     @classmethod
     def declared_name(cls) -> str:
@@ -206,7 +207,7 @@ class Rejected(PlacementError):
         return cls._declared.get(type_name)
 
 
-@dataclass(frozen=True, slots=True)
+@value(sealed=True)
 class Refusal:
     """A refusal as a value: the name of its error, and why."""
 

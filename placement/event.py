@@ -5,7 +5,6 @@ a time and the epoch, and so makes it an event. Within a node the numbers alone
 order events; the wall time is for people.
 """
 
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from placement.identity import Identity
@@ -28,7 +27,7 @@ class Happened:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True, sealed=True)
 class _Event:
     node: str
     number: int
@@ -54,28 +53,28 @@ class _Event:
         return " ".join(parts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True, sealed=True)
 class PlacementEvent(_Event):
     """Of the node: sessions, topology, claims, and troubles of store and frames."""
 
     __str__ = _Event.__str__
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True, sealed=True)
 class VirtualActorEvent(_Event):
     """Of one activation: it began, ended, failed, lapsed, does not come back."""
 
     __str__ = _Event.__str__
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True, sealed=True)
 class PidCacheEvent(_Event):
     """Of one cached reference: it was kept, or dropped and why."""
 
     __str__ = _Event.__str__
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True, sealed=True)
 class EventsLost(_Event):
     """A subscriber was too slow: so many events before this one are missing."""
 

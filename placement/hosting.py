@@ -5,7 +5,6 @@ once; who asks meanwhile hears `pending`. An activation is bound to the session
 under which its entry was written, and ends with that session.
 """
 
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from placement.contracts import (
@@ -23,7 +22,7 @@ from placement.event import Happened
 from placement.identity import Identity
 from placement.retry import RetryPolicy
 from placement.topology import Address, SessionId, address_of
-from placement.value import value
+from placement.value import record, value
 
 #: So many failures of a claim are nobody's business: an answer can get lost.
 _SILENT_TRIES = 2
@@ -129,7 +128,7 @@ HostingEffect: TypeAlias = (
 )
 
 
-@dataclass(slots=True, eq=False)
+@record
 class _Hosted:
     """One identity on this node.
 

@@ -1,16 +1,17 @@
 """The partition table: which member owns each partition, computed once a topology."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from placement.errors import NoAuthority
 from placement.identity import Identity
 from placement.rendezvous import RendezvousHasher, partition_of, score_of, seed_of
 from placement.topology import Member, SessionId, Topology
+from placement.value import value
 
 PARTITIONS_DEFAULT = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@value(sealed=True)
 class PartitionTable:
     """The owner of every partition under one topology. Immutable.
 

@@ -5,14 +5,14 @@ the reference is dropped. So the cache is for speed only.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from placement.entry import Pid
 from placement.identity import Identity
 from placement.topology import SessionId, Topology
+from placement.value import record, value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True, sealed=True)
 class PlacementResolution:
     """Where an identity is hosted, as of `observed_at_ms` (wall time).
 
@@ -28,7 +28,7 @@ class PlacementResolution:
     observed_at_ms: int
 
 
-@dataclass(slots=True, eq=False)
+@record
 class _Known:
     """One reference, until when it is good, and what was told of it."""
 

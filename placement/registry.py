@@ -2,11 +2,11 @@
 
 import heapq
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from placement.entry import Pid
 from placement.identity import Identity
+from placement.value import record
 
 
 class Hosted(Protocol):
@@ -19,7 +19,7 @@ class Hosted(Protocol):
 T = TypeVar("T", bound=Hosted)
 
 
-@dataclass(slots=True, eq=False)
+@record
 class Registered(Generic[T]):
     """One activation; `last_used_ns` is written by whoever uses it.
 

@@ -1,9 +1,9 @@
 """Retries: when to try again, growing pauses up to a deadline."""
 
-from dataclasses import dataclass
+from placement.value import value
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True, sealed=True)
 class RetryPolicy:
     """Pauses from `first_ns`, each twice the last, `largest_ns` at most.
 

@@ -9,7 +9,6 @@ Source: Gray and Cheriton, "Leases", SOSP 1989.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from placement.contracts import SessionRecord, SessionView
@@ -22,9 +21,10 @@ from placement.topology import (
     Topology,
     session_of,
 )
+from placement.value import value
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StoreTrouble:
     """A store call failed; it may have happened."""
 
@@ -34,14 +34,14 @@ class StoreTrouble:
 # --- effects -----------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class OpenSession:
     """Create the record; the outcome comes back by `opened`."""
 
     record: SessionRecord
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class RenewSession:
     """Raise the count; the outcome comes back by `renewed`."""
 
@@ -49,12 +49,12 @@ class RenewSession:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ReadSessions:
     """Read all; the outcome comes back by `viewed`."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class CloseSession:
     """Close it if its count is still that; the outcome comes back by `closed`."""
 
@@ -62,7 +62,7 @@ class CloseSession:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class WriteMembers:
     """Replace the members; the outcome comes back by `members_written`."""
 
@@ -70,14 +70,14 @@ class WriteMembers:
     expected_epoch: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SendEcho:
     """Send the nonce to oneself, the whole way; it comes back by `echoed`."""
 
     nonce: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SessionBegan:
     """The session is open; what it hosts asks `guard`."""
 
@@ -85,7 +85,7 @@ class SessionBegan:
     guard: Guard
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SessionLapsed:
     """The session is over, and not by our will. Its guard is shut."""
 
@@ -93,14 +93,14 @@ class SessionLapsed:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class SessionEnded:
     """The session that was stopped is closed, and left the members."""
 
     session: SessionId
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class TopologyAdopted:
     """These are the members now; `closed` sessions are known to be over.
 

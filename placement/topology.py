@@ -1,9 +1,11 @@
 """Members and topology: who may own partitions and host, as of an epoch."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from typing import NewType
+
+from placement.value import value
 
 SessionId = NewType("SessionId", str)
 """One opening of a session: `address#number`, never used again."""
@@ -29,7 +31,7 @@ def node_of(session: SessionId | Address) -> str:
     return session.partition("#")[0].rpartition(".")[0]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True, sealed=True)
 class Member:
     """One incarnation of a node in the cluster: a session, and what it offers.
 
@@ -57,7 +59,7 @@ class Member:
         return not self.draining and kind in self.kinds
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@value(kw_only=True, sealed=True)
 class Topology:
     """The members known together, sorted by session, and their epoch.
 
