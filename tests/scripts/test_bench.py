@@ -195,23 +195,35 @@ def test_a_ratio_below_its_floor_is_named_and_ends_with_exit_code_1(
     assert run("--check", "--json", floors=floors) == 1
     assert run("--json", floors=floors) == 0
 
-    said = capsys.readouterr().err
+    out, said = capsys.readouterr()
     assert "ask/b: ratio 0.8 is below its floor 0.81" in said
     assert "ask/a: ratio" not in said
+    # What has no floor is not measured where only floors are asked for.
+    assert out.count("idle/c") == 1
 
 
-def test_what_is_below_its_floor_is_measured_once_more(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("values", "code", "left"),
+    [
+        ([10.0, 10.0, 60.0, 1.0], 0, [1.0]),
+        ([60.0, 10.0], 0, [10.0]),
+        ([10.0, 10.0, 10.0, 60.0], 1, [60.0]),
+    ],
+)
+def test_what_is_below_its_floor_is_measured_twice_more(
+    tmp_path: Path, values: list[float], code: int, left: list[float]
+) -> None:
     floors = tmp_path / "floors.json"
     floors.write_text('{"ask/a": 0.5}')
-    values = [10.0, 60.0]
+    values = values.copy()
 
     def disturbed(effort: Effort) -> Measurement:
         return Measurement(ours=(values.pop(0),), limit=(100.0,))
 
     named = Benchmark(name="ask/a", against="a neighbour", measure=disturbed)
 
-    assert main(["--check"], benchmarks=[named], effort=TINY, floors_at=floors) == 0
-    assert not values
+    assert main(["--check"], benchmarks=[named], effort=TINY, floors_at=floors) == code
+    assert values == left
 
 
 def test_every_row_has_a_floor_but_those_that_say_not(tmp_path: Path) -> None:
