@@ -4,6 +4,7 @@ None, bool, int of 64 bits, float, str, bytes, list (a tuple arrives as one), an
 dict with str or int keys. A value of a subclass of these arrives as the base.
 """
 
+from bisect import bisect_left
 from typing import Any
 
 import msgpack
@@ -218,8 +219,23 @@ def _check_count(value: Any) -> None:
         raise _Misfit(f"it has {len(value)} items, at most {ITEMS_MAX}")
 
 
+def _size_of_ints(value: Any) -> int | None:
+    """The bytes of many ints; none: one does not fit into 64 bits."""
+    ordered = sorted(value)
+    if ordered[0] < INT_MIN or ordered[-1] > INT_MAX:
+        return None
+    small = bisect_left(ordered, _SMALL_INT_END) - bisect_left(ordered, _SMALL_INT_MIN)
+    half = bisect_left(ordered, 2 * _HALF) - bisect_left(ordered, -_HALF)
+    return small + 5 * (half - small) + 9 * (len(ordered) - half)
+
+
 def _copy_list(value: Any, depth: int) -> tuple[list[Any], int]:
     _check_count(value)
+    if len(value) > _FLAT_ITEMS and set(map(type, value)) == {int}:
+        # Numbers by the thousand: each by itself would take fifty times as long.
+        ints = _size_of_ints(value)
+        if ints is not None:
+            return list(value), _HEADER + ints
     size = _HEADER
     items: list[Any] = []
     try:

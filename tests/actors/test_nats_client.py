@@ -216,6 +216,7 @@ def client_of(
     """A client with one subscription, to whom a server says these pieces."""
 
     random = Random(len(pieces))
+    is_over = asyncio.Event()
 
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"INFO " + json.dumps(HELLO).encode() + b"\r\n")
@@ -236,6 +237,8 @@ def client_of(
                 await asyncio.sleep(0)
         await reader.read()
         writer.close()
+        await writer.wait_closed()
+        is_over.set()
 
     async def begin() -> tuple[asyncio.Server, Counted]:
         server = await asyncio.start_server(speak, "127.0.0.1", 0)
@@ -259,6 +262,7 @@ def client_of(
     async def end(server: asyncio.Server, made: Counted) -> None:
         server.close()
         await made.close()
+        await asyncio.wait_for(is_over.wait(), 20)
 
     thread = LoopThread("ears")
     server, made = asyncio.run_coroutine_threadsafe(begin(), thread.loop).result(10)

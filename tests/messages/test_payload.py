@@ -191,3 +191,31 @@ def test_a_request_id_is_a_plain_text() -> None:
     assert request_id_of(None) == request_id_of("") == ""
     assert request_id_of("é" * 256) == "é" * 256
     assert type(request_id_of(Loud("quiet"))) is str
+
+
+INT_EDGES = [0, -1, -32, -33, 127, 128, 1 << 31, 1 << 32, INT_MAX, INT_MIN]
+
+
+def outcome(value: Any) -> Any:
+    """What a copy is and takes, or what is wrong with the value."""
+    try:
+        return payload._copy(value, 0)
+    except payload._Misfit as misfit:
+        return str(misfit.said())
+
+
+@given(
+    st.lists(
+        st.one_of(st.integers(-200, 200), st.sampled_from(INT_EDGES), st.integers()),
+        min_size=17,
+        max_size=60,
+    )
+)
+def test_many_numbers_are_taken_together_as_each_by_itself(numbers: list[int]) -> None:
+    together = outcome(numbers)
+    # With a text among them each is looked at by itself.
+    alone = outcome([*numbers, ""])
+    if isinstance(alone, str):
+        assert together == alone
+    else:
+        assert together == (numbers, alone[1] - 1)
