@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import astuple
 
 from messages.frames import FRAMES, VERSION, Envelope, Frame
-from messages.payload import BYTES_MAX, ITEMS_MAX, check
+from messages.payload import BYTES_MAX, ITEMS_MAX, check, shown
 from placement.errors import BadMessage
 from placement.identity import BadIdentity, Identity
 
@@ -24,6 +24,9 @@ _INT_MAX = (1 << 63) - 1
 _FIELDS = 6
 
 
+_DEEP = 512
+#: All bytes but those with which msgpack begins a list or a map.
+_NO_BEGINNINGS = bytes({*range(256)} - {*range(0x80, 0xA0), *range(0xDC, 0xE0)})
 _Get: TypeAlias = Callable[[Any], Any]
 
 
@@ -103,8 +106,15 @@ class Codec:
         Raises:
             BadFrame: it is none, or not for this cluster and node.
         """
-        if len(data) > self._short_bytes:
-            return self._decode_in_full(data, receiver)
+        try:
+            if len(data) > self._short_bytes or _may_be_deep(data):
+                return self._decode_in_full(data, receiver)
+            return self._decode_short(data, receiver)
+        except RecursionError:
+            # Of what is wrong, too deep for its own error to be written.
+            raise BadFrame("nested too deep") from None
+
+    def _decode_short(self, data: bytes, receiver: str) -> Envelope:
         try:
             found = self._read(data)
         except (msgspec.MsgspecError, RecursionError, OverflowError, ValueError):
@@ -135,11 +145,11 @@ class Codec:
             raise BadFrame("an envelope is an array of 6")
         version, cluster, sender, to, number, body = parts[:_FIELDS]
         if type(version) is not int or version != VERSION:
-            raise BadFrame(f"protocol version {version!r}, not {VERSION}")
+            raise BadFrame(f"protocol version {shown(version)}, not {VERSION}")
         if cluster != self._cluster:
-            raise BadFrame(f"cluster {cluster!r}, not {self._cluster!r}")
+            raise BadFrame(f"cluster {shown(cluster)}, not {self._cluster!r}")
         if to != receiver:
-            raise BadFrame(f"it is for {to!r}, not {receiver!r}")
+            raise BadFrame(f"it is for {shown(to)}, not {receiver!r}")
         if type(sender) is not str or not sender:
             raise BadFrame("the sender is not an address")
         if type(number) is not int or not 0 < number <= _INT_MAX:
@@ -171,6 +181,8 @@ class Codec:
     def _unpack(self, data: bytes) -> Any:
         if len(data) > self._frame_bytes_max:
             raise BadFrame(f"{len(data)} bytes, at most {self._frame_bytes_max}")
+        # No more than there are bytes for: each list is made as long as it says.
+        items_max = min(ITEMS_MAX, len(data))
         try:
             return msgpack.unpackb(
                 data,
@@ -178,14 +190,23 @@ class Codec:
                 ext_hook=_refuse_extension,
                 max_str_len=STRING_BYTES_MAX,
                 max_bin_len=STRING_BYTES_MAX,
-                max_array_len=ITEMS_MAX,
-                max_map_len=ITEMS_MAX,
+                max_array_len=items_max,
+                max_map_len=items_max,
                 max_ext_len=0,
             )
         except BadFrame:
             raise
         except Exception as error:  # noqa: BLE001  msgpack raises many kinds
             raise BadFrame(f"not msgpack: {type(error).__name__}: {error}") from None
+
+
+def _may_be_deep(data: bytes) -> bool:
+    """Whether as many lists and maps begin in it as a thread's stack may not bear.
+
+    msgspec goes as deep as the interpreter lets C code go, which is 10,000 levels on
+    Python 3.13, and those take more than 2 MiB.
+    """
+    return len(data) > _DEEP and len(data.translate(None, _NO_BEGINNINGS)) > _DEEP
 
 
 def _refuse_extension(code: int, data: bytes) -> Any:

@@ -4,6 +4,7 @@ None, bool, int of 64 bits, float, str, bytes, list (a tuple arrives as one), an
 dict with str or int keys. A value of a subclass of these arrives as the base.
 """
 
+import reprlib
 from bisect import bisect_left
 from typing import Any
 
@@ -141,6 +142,11 @@ def unpack(data: bytes) -> Any:
     return copy(value)
 
 
+def shown(value: Any) -> str:
+    """What a value is, for an error: neither long nor deep, whatever it is."""
+    return reprlib.repr(value)
+
+
 def check(value: Any) -> None:
     """Refuse what `copy` would not carry.
 
@@ -272,7 +278,9 @@ def _copy_dict(value: dict[Any, Any], depth: int) -> tuple[dict[Any, Any], int]:
 
 def _copy_key(key: Any, depth: int) -> tuple[Any, int]:
     if isinstance(key, bool) or not isinstance(key, str | int):
-        raise _Misfit(f"key {key!r} is a {type(key).__name__}, keys are str or int")
+        raise _Misfit(
+            f"key {shown(key)} is a {type(key).__name__}, keys are str or int"
+        )
     try:
         return _copy(key, depth + 1)
     except _Misfit as misfit:

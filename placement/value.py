@@ -5,6 +5,7 @@ the time in which this package is imported that was more than half. Here a class
 a method when that is called first.
 """
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import MISSING, Field, FrozenInstanceError, dataclass, field, fields
 from typing import Any, NoReturn, TypeVar, dataclass_transform, overload
@@ -69,7 +70,9 @@ def _slotted(made: type[T], *, kw_only: bool) -> type[T]:
 
 def _add(made: type, name: str, write: Callable[[type], Callable[..., Any]]) -> None:
     """Let `made` have a method, unless it has one of its own."""
-    if name in vars(made):
+    own = vars(made)
+    # A class that says what is equal has no hash, unless it says that too.
+    if name in own and not (name == "__hash__" and own[name] is None):
         return
 
     def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -162,6 +165,7 @@ def _hash_of(made: type) -> Callable[..., Any]:
 # --- methods that are the same for all ----------------------------------------
 
 
+@reprlib.recursive_repr()
 def _repr(self: Any) -> str:
     said = ", ".join(
         f"{each.name}={getattr(self, each.name)!r}"

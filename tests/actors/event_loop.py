@@ -1,10 +1,14 @@
 """How long an event loop stands still, less what the machine takes of its time."""
 
 import asyncio
+import subprocess
+import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 TASKS = Path("/proc/self/task")
 
 
@@ -37,3 +41,47 @@ async def longest_gap(done: asyncio.Event) -> float:
         longest = max(longest, now - last - stolen)
         last, last_waited = time.perf_counter(), waited
     return longest
+
+
+@contextmanager
+def gap_of_the_machine() -> Iterator[Callable[[], float]]:
+    """What a process that does nothing else has had as its longest gap meanwhile.
+
+    A virtual machine may stand still, and its kernel knows nothing of that. To be
+    asked once.
+    """
+    code = "from tests.actors.event_loop import tick_alone; tick_alone()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as alone:
+        assert alone.stdin is not None
+        assert alone.stdout is not None
+        assert alone.stdout.readline() == b"ready\n"
+        stdout = alone.stdout
+
+        def ask() -> float:
+            assert alone.stdin is not None
+            alone.stdin.close()
+            return float(stdout.readline())
+
+        yield ask
+
+
+def tick_alone() -> None:
+    """Tick until standard input ends, and print the longest gap."""
+
+    def say(text: str) -> None:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+
+    async def tick() -> float:
+        done = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.add_reader(sys.stdin.fileno(), done.set)
+        say("ready")
+        return await longest_gap(done)
+
+    say(str(asyncio.run(tick())))

@@ -11,7 +11,7 @@ import pytest
 from actors import Cluster
 from placement.errors import Deadlock, OutcomeUnknown
 from tests.actors.actors_under_test import Account, Echo, InsufficientFunds
-from tests.actors.event_loop import longest_gap
+from tests.actors.event_loop import gap_of_the_machine, longest_gap
 
 KINDS: dict[str, Any] = {"account": Account, "echo": Echo}
 GAP_MAX_S = 0.020
@@ -91,11 +91,14 @@ def test_the_account_program_through_a_kill_and_a_restart(tmp_path: Path) -> Non
         assert cluster.ask(account.balance()) == 10
         assert cluster.ask(cluster.proxy(Account, "43").balance()) == 6
 
-        for number in range(KILLS):
-            cluster.add_node(f"more-{number}")
-            found, gap = asyncio.run(balance_through_a_kill(cluster, 50))
-            assert found == 10
-            assert gap <= GAP_MAX_S
+        gaps: list[float] = []
+        with gap_of_the_machine() as of_the_machine:
+            for number in range(KILLS):
+                cluster.add_node(f"more-{number}")
+                found, gap = asyncio.run(balance_through_a_kill(cluster, 50))
+                assert found == 10
+                gaps.append(gap)
+            assert max(gaps) <= GAP_MAX_S + of_the_machine()
         assert cluster.ask(account.deposit(Decimal(1))) == 11
 
     with Cluster.embedded(nodes=3, kinds=KINDS, store=url, ttl=1.0) as cluster:

@@ -1,4 +1,7 @@
 import datetime as dt
+import threading
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -420,3 +423,52 @@ def test_damaged_bytes_are_read_in_one_go_only_where_they_are_step_by_step(
         found = CODEC.decode(bytes(damaged) + more, receiver="b.1")
         assert full == "refused"
         assert len(encode(found.body)) < len(damaged) + len(more)
+
+
+def with_payload(packed: bytes) -> bytes:
+    """An answer with these bytes as its payload."""
+    head = msgpack.packb([1, "default", "a.1", "b.1", 7])
+    return b"\x96" + head[1:] + b"\x94" + bytes([13, 1]) + packed + b"\x01"
+
+
+DEEP: dict[str, Callable[[int], bytes]] = {
+    "lists": lambda depth: with_payload(b"\x91" * depth + b"\x01"),
+    "maps": lambda depth: with_payload(b"\x81\xa1a" * depth + b"\x01"),
+    "keys": lambda depth: with_payload(b"\x81" + b"\x91" * depth + b"\x01\x01"),
+    "version": lambda depth: b"\x96" + b"\x91" * depth + b"\x01" + raw()[2:],
+    "cluster": lambda depth: b"\x96\x01" + b"\x91" * depth + b"\x01" + raw()[10:],
+}
+
+
+@pytest.mark.parametrize("where", DEEP)
+def test_what_is_nested_however_deep_is_refused_in_a_small_stack_too(
+    where: str,
+) -> None:
+    depths = [33, 100, 500, 5_000, 9_990, 100_000, *range(900, 1_100, 3)]
+    refused: list[int] = []
+
+    def decode() -> None:
+        for depth in depths:
+            with pytest.raises(BadFrame):
+                CODEC.decode(DEEP[where](depth), receiver="b.1")
+            refused.append(depth)
+
+    before = threading.stack_size(512 << 10)
+    try:
+        small = threading.Thread(target=decode)
+        small.start()
+    finally:
+        threading.stack_size(before)
+    small.join()
+    assert refused == depths
+
+
+def test_lists_that_say_they_are_long_cost_no_more_than_their_bytes() -> None:
+    tracemalloc.start()
+    try:
+        refusal(with_payload(b"\xdc\xff\xff" * 1_000))
+        refusal(with_payload(b"\xdd\x00\x00\x0b\xb8" * 600))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20_000_000

@@ -146,3 +146,21 @@ def test_one_without_fields_is_one_too() -> None:
     assert Nothing() == Nothing()
     assert len({Nothing(), Nothing()}) == 1
     assert repr(Nothing()) == "Nothing()"
+
+
+def test_what_says_only_what_is_equal_has_a_hash_all_the_same() -> None:
+    @value
+    class Equal:  # noqa: PLW1641  which is the point
+        a: int
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+    assert Equal(1) == Equal(2)
+    assert hash(Equal(1)) == hash(Equal(1))
+
+
+def test_what_holds_itself_is_shown() -> None:
+    changing = Changing(1)
+    changing.b[1] = changing  # type: ignore[assignment]
+    assert repr(changing) == "Changing(a=1, b={1: ...})"
