@@ -6,12 +6,14 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+from actors import simulate_command
 from actors.faults import FAULTS, MUTE, BadFaults, Episode, parse_faults, plan
 from actors.main import main
 from actors.simulate import Witnessed, simulate
@@ -198,6 +200,22 @@ def test_interrupted_trials_end_with_130_and_what_was_done(
     assert said.splitlines()[-1] == (
         f"placement: {found['runs']} of 100000 trials were done"
     )
+
+
+def test_what_was_found_before_an_interrupt_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    faults = ("duplicate", "grain", "store-slow", "churn")
+    broken = replace(SMALL, faults=faults, defect="handled-twice")
+    found = simulate(range(1, 2), broken)
+    assert found.violations
+    monkeypatch.setattr(simulate_command, "simulate", lambda *_, **__: found)
+
+    done = run(*SMALL_OPTIONS, "--seeds", "3", "--json")
+
+    assert done.exit_code == 1
+    assert "placement: 1 of 3 trials were done" in done.stderr
+    assert "seed 1 breaks " in done.stderr
 
 
 def calm(episodes: tuple[Episode, ...], *kinds: str) -> tuple[Any, ...]:
