@@ -1,87 +1,86 @@
 """How long an event loop stands still, less what the machine takes of its time."""
 
 import asyncio
-import subprocess
-import sys
+import selectors
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
-ROOT = Path(__file__).parents[2]
+T = TypeVar("T")
 TASKS = Path("/proc/self/task")
 
 
-def without_processor_s() -> float:
-    """How long threads of this process have been ready and had no processor.
+def run_and_watch(main: Coroutine[Any, Any, T]) -> tuple[T, float]:
+    """Run `main` beside a tick of a millisecond: its result, and the longest gap.
 
-    What the machine adds to a gap: the kernel counts it for each thread, where it
-    is Linux. Elsewhere nothing is known, and a gap is all ours.
+    The gap is in seconds, without the time in which the machine had no processor
+    for this process.
     """
-    if not TASKS.exists():
-        return 0.0
-    waited_ns = 0
-    for task in TASKS.iterdir():
-        with suppress(OSError):  # a thread that has just ended
-            waited_ns += int((task / "schedstat").read_text().split()[1])
-    return waited_ns / 1e9
+    selector = _LateSelector()
+
+    async def watched() -> tuple[T, float]:
+        done = asyncio.Event()
+        ticking = asyncio.create_task(_longest_gap(done, selector))
+        try:
+            result = await main
+        finally:
+            done.set()
+        return result, await ticking
+
+    with asyncio.Runner(
+        loop_factory=lambda: asyncio.SelectorEventLoop(selector)
+    ) as runner:
+        return runner.run(watched())
 
 
-async def longest_gap(done: asyncio.Event) -> float:
-    """Tick every millisecond until `done`; the longest from one tick to the next.
+class _LateSelector(selectors.DefaultSelector):
+    """Counts how late it was told that its time is over, and nobody here worked.
 
-    Without the time in which the machine had no processor for this process.
+    A virtual machine that stands still tells it late, and its kernel counts that
+    nowhere. While another thread of this process keeps the interpreter's lock the
+    processor time of the process goes on: that is not the machine's.
     """
-    longest, last, last_waited = 0.0, time.perf_counter(), without_processor_s()
+
+    idle_late_s = 0.0
+
+    def select(self, timeout: float | None = None) -> Any:
+        started, worked = time.perf_counter(), time.process_time()
+        ready = super().select(timeout)
+        if timeout is not None:
+            late_s = time.perf_counter() - started - max(0.0, timeout)
+            worked_s = time.process_time() - worked
+            self.idle_late_s += max(0.0, late_s - worked_s)
+        return ready
+
+
+async def _longest_gap(done: asyncio.Event, selector: _LateSelector) -> float:
+    longest, last = 0.0, time.perf_counter()
+    last_waited, last_late_s = _without_processor_ns(), selector.idle_late_s
     while not done.is_set():
         await asyncio.sleep(0.001)
-        now, waited = time.perf_counter(), without_processor_s()
-        # A thread that has ended takes its share along.
-        stolen = max(0.0, waited - last_waited)
-        longest = max(longest, now - last - stolen)
+        now, waited = time.perf_counter(), _without_processor_ns()
+        # Thread by thread: one that ends meanwhile, as those of a node that is
+        # killed do, takes along all that it ever waited.
+        waited_ns = sum(
+            ns - last_waited.get(thread, 0) for thread, ns in waited.items()
+        )
+        late_s = selector.idle_late_s - last_late_s
+        # Both may have seen the same time: it is taken off once.
+        longest = max(longest, now - last - max(waited_ns / 1e9, late_s))
         last, last_waited = time.perf_counter(), waited
+        last_late_s = selector.idle_late_s
     return longest
 
 
-@contextmanager
-def gap_of_the_machine() -> Iterator[Callable[[], float]]:
-    """What a process that does nothing else has had as its longest gap meanwhile.
+def _without_processor_ns() -> dict[str, int]:
+    """How long each thread of this process has been ready and had no processor.
 
-    A virtual machine may stand still, and its kernel knows nothing of that. To be
-    asked once.
+    The kernel counts it, where it is Linux; elsewhere a gap is all ours.
     """
-    code = "from tests.actors.event_loop import tick_alone; tick_alone()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as alone:
-        assert alone.stdin is not None
-        assert alone.stdout is not None
-        assert alone.stdout.readline() == b"ready\n"
-        stdout = alone.stdout
-
-        def ask() -> float:
-            assert alone.stdin is not None
-            alone.stdin.close()
-            return float(stdout.readline())
-
-        yield ask
-
-
-def tick_alone() -> None:
-    """Tick until standard input ends, and print the longest gap."""
-
-    def say(text: str) -> None:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
-
-    async def tick() -> float:
-        done = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        loop.add_reader(sys.stdin.fileno(), done.set)
-        say("ready")
-        return await longest_gap(done)
-
-    say(str(asyncio.run(tick())))
+    waited_ns = {}
+    for task in TASKS.iterdir() if TASKS.exists() else ():
+        with suppress(OSError):  # a thread that has just ended
+            waited_ns[task.name] = int((task / "schedstat").read_text().split()[1])
+    return waited_ns
