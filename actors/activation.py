@@ -41,8 +41,7 @@ from placement.errors import (
 )
 from placement.event import Happened
 from placement.identity import Identity
-from placement.lease import Guard, Latch
-from placement.registry import Registered
+from placement.lease import Guard
 from placement.topology import SessionId
 from placement.value import record
 
@@ -161,9 +160,13 @@ class Activation(Protocol):
     """One live instance of an identity on this node, however it is hosted."""
 
     pid: Pid
-    guard: Latch
-    #: Where its idle time is counted.
-    registered: Registered[Any] | None
+    guard: Guard
+    last_used_ns: int
+    is_straight: bool
+
+    @property
+    def idle_after_ns(self) -> int | None:
+        """How long it is not used before it is idle; none where it never is."""
 
     def start(self) -> None:
         """Run its first hook, then report."""
@@ -214,22 +217,29 @@ class OutputGate:
     Outputs are pairs: what to do when it is confirmed, and when it never will be.
     """
 
-    version: int
     confirmed: int
+    saves_failed: int = 0
     # None where nothing has ever waited: an empty deque takes 760 bytes.
     waiting: (
         deque[tuple[int, Callable[[], None], Callable[[PlacementError], None]]] | None
     ) = None
 
+    def is_open(self, version: int) -> bool:
+        """Whether what leaves after `version` was saved may leave now."""
+        return self.confirmed >= version and not self.waiting
+
     def put(
-        self, leave: Callable[[], None], never: Callable[[PlacementError], None]
+        self,
+        version: int,
+        leave: Callable[[], None],
+        never: Callable[[PlacementError], None],
     ) -> bool:
-        """Keep it if a save is not confirmed; false: it may leave now."""
-        if self.confirmed >= self.version and not self.waiting:
+        """Keep it if that save is not confirmed; false: it may leave now."""
+        if self.is_open(version):
             return False
         if self.waiting is None:
             self.waiting = deque()
-        self.waiting.append((self.version, leave, never))
+        self.waiting.append((version, leave, never))
         return True
 
     def confirm(self, version: int) -> Iterator[Callable[[], None]]:
@@ -280,20 +290,22 @@ class GrainActivation:
         "_is_reported",
         "_is_scheduled",
         "_is_sealed",
+        "_is_shut",
         "_last_saved",
         "_mailbox",
-        "_saves_failed",
         "_start_chain",
         "_state",
         "_surface",
         "_taken",
         "_timers",
         "_turn",
+        "_version",
         "context",
         "guard",
+        "is_straight",
         "kind",
+        "last_used_ns",
         "pid",
-        "registered",
     )
 
     def __init__(
@@ -307,9 +319,10 @@ class GrainActivation:
         chain: tuple[str, ...] = (),
     ) -> None:
         self.pid = pid
-        # The session's guard is that of all its activations: one that fails shuts
-        # its own latch only.
-        self.guard = Latch(guard)
+        # The session's guard is that of all its activations: one that ends shuts
+        # itself only.
+        self.guard = guard
+        self._is_shut = False
         self.kind = kind
         self._host = host
         self._start_chain = chain
@@ -321,19 +334,26 @@ class GrainActivation:
         self._state = "starting"
         self._is_sealed = False
         self._turn: _Turn | None = None
-        self._gate = OutputGate(record.version, record.version)
+        # The last that was saved; the gate is made at the first save.
+        self._version = record.version
+        self._gate: OutputGate | None = None
         self._last_saved = record.snapshot
-        self._saves_failed = 0
         self._timers: dict[Timer, None] | None = None
         self._grain: Any = None
         self._surface: Surface | None = None
         self._is_passivating = False
         self._has_begun = False
         self._is_reported = False
-        self.registered: Registered[Any] | None = None
+        self.last_used_ns = 0
+        self.is_straight = False
         self.context = Context(self, pid, record.snapshot)
 
     # --- from any thread -----------------------------------------------------
+
+    @property
+    def idle_after_ns(self) -> int | None:
+        """How long it is not used before it is idle; none where it never is."""
+        return self.kind.idle_after_ns
 
     def start(self) -> None:
         """Run its first hook, then report."""
@@ -423,7 +443,7 @@ class GrainActivation:
 
     def _enter(self, now_ns: int) -> bool:
         """Go into user code; false: the guard says no. The clock was read just now."""
-        if not self.guard.is_open(now_ns):
+        if self._is_shut or not self.guard.is_open(now_ns):
             return False
         running.activation = self
         self._host.current = self
@@ -439,7 +459,7 @@ class GrainActivation:
         What leads back to itself is let go, or all that ever ended would wait for
         the collector, which is slow where a million live.
         """
-        self._grain = self._surface = self.registered = None
+        self._grain = self._surface = None
         del self.context
 
     def _begin(self) -> None:
@@ -536,8 +556,7 @@ class GrainActivation:
         result: Any = None
         failure: BaseException | None = None
         try:
-            if self.registered is not None:
-                self.registered.last_used_ns = now_ns
+            self.last_used_ns = now_ns
             if is_call:
                 call, arguments, turn.name = surface.decode_call(payload)
                 result = call(grain, **arguments)
@@ -588,8 +607,7 @@ class GrainActivation:
 
     def _used(self) -> None:
         """The handling of a message is over: idle time starts now."""
-        if self.registered is not None:
-            self.registered.last_used_ns = self._host.now_ns()
+        self.last_used_ns = self._host.now_ns()
 
     def _returned(self, turn: _Turn, result: Any, error: BaseException | None) -> None:
         """User code came back: with a result, an error, or a coroutine to drive."""
@@ -686,13 +704,9 @@ class GrainActivation:
             if not mail.is_ask:
                 return
             gate = self._gate
-            if (
-                gate.confirmed >= gate.version
-                and not gate.waiting
-                and not self._may_block
-            ):
+            if (gate is None or gate.is_open(self._version)) and not self._may_block:
                 # As _emit would, without making what may have to wait.
-                if self.guard.is_open(self._host.now_ns()):
+                if not self._is_shut and self.guard.is_open(self._host.now_ns()):
                     mail.origin.answered(mail, result, self.pid)
                 else:
                     mail.origin.failed(mail, self._unknown())
@@ -828,7 +842,7 @@ class GrainActivation:
             return
         self._state = "ended"
         self._host.seal(self)
-        version = self._gate.version + (snapshot is not None)
+        version = self._version + (snapshot is not None)
         refusal = Refusal("Pending", f"{self.pid.identity} ended before it served")
         self._tell_end(refusal, version, snapshot)
         self._over()
@@ -842,7 +856,7 @@ class GrainActivation:
         """End without a hook: who waits for an answer hears `why`."""
         if self._state == "ended":
             return
-        self.guard.shut()
+        self._is_shut = True
         self._state = "ended"
         self._end_timers()
         turn, self._turn = self._turn, None
@@ -850,7 +864,8 @@ class GrainActivation:
             self._close(turn)
             if turn.mail is not None:
                 turn.mail.origin.failed(turn.mail, why)
-        self._gate.fail(why)
+        if self._gate is not None:
+            self._gate.fail(why)
         self._host.seal(self)
         self._tell_end(refusal)
         self._over()
@@ -880,9 +895,10 @@ class GrainActivation:
         self, leave: Callable[[], None], never: Callable[[PlacementError], None]
     ) -> bool:
         """Let an output leave, or say that it never will; true: it has to wait."""
-        if self._gate.put(leave, never):
+        gate = self._gate
+        if gate is not None and gate.put(self._version, leave, never):
             return True
-        if self.guard.is_open(self._host.now_ns()):
+        if not self._is_shut and self.guard.is_open(self._host.now_ns()):
             leave()
         else:
             never(self._unknown())
@@ -900,27 +916,31 @@ class GrainActivation:
             return
         if not isinstance(snapshot, bytes):
             raise TypeError(f"save takes bytes, not {type(snapshot).__name__}")
-        self._gate.version += 1
+        if self._gate is None:
+            self._gate = OutputGate(self._version)
+        self._version += 1
         self._last_saved = snapshot
         request = Save(
-            self.pid.identity, self.pid.fencing_token, self._gate.version, snapshot
+            self.pid.identity, self.pid.fencing_token, self._version, snapshot
         )
         self._host.save(request, self._saved)
 
     def _saved(self, request: Save, outcome: Saved | Stale | Failed) -> None:
-        if self._state == "ended" and not self._gate.waiting:
+        gate = self._gate
+        assert gate is not None
+        if self._state == "ended" and not gate.waiting:
             return
         match outcome:
             case Saved():
-                self._saves_failed = 0
-                if not self.guard.is_open(self._host.now_ns()):
+                gate.saves_failed = 0
+                if self._is_shut or not self.guard.is_open(self._host.now_ns()):
                     self._lapse()
                     return
-                for leave in self._gate.confirm(request.version):
+                for leave in gate.confirm(request.version):
                     leave()
-            case Failed(_, may_have_happened=True) if self._saves_failed < _SAVES_MAX:
-                self._saves_failed += 1
-                self._save_again(_SAVE_AGAIN_NS << self._saves_failed, request)
+            case Failed(_, may_have_happened=True) if gate.saves_failed < _SAVES_MAX:
+                gate.saves_failed += 1
+                self._save_again(_SAVE_AGAIN_NS << gate.saves_failed, request)
             case Failed(message, may_have_happened):
                 error: PlacementError = (
                     OutcomeUnknown(f"the store failed: {message}")
@@ -953,7 +973,8 @@ class GrainActivation:
                 reason=str(error),
             )
         )
-        self._gate.fail(error)
+        if self._gate is not None:
+            self._gate.fail(error)
         unknown = OutcomeUnknown(f"{self.pid.identity}: a save failed: {error.message}")
         why = f"{self.pid.identity}: a save failed: {error.message}"
         self._end_now(unknown, Refusal("ActivationFailed", text_of(why)))

@@ -247,7 +247,7 @@ class _UngatedActivation(GrainActivation):
     def _emit(
         self, leave: Callable[[], None], never: Callable[[PlacementError], None]
     ) -> bool:
-        if self.guard.is_open(self._host.now_ns()):
+        if not self._is_shut and self.guard.is_open(self._host.now_ns()):
             leave()
         else:
             never(self._unknown())

@@ -69,6 +69,8 @@ class Kind:
             if seconds is not None and not (0 < seconds < math.inf):
                 raise BadKind(f"{name} must be above 0 seconds, not {seconds}")
         self.idle_after = idle_after
+        #: The same, in nanoseconds: one number for all of the kind.
+        self.idle_after_ns = None if idle_after is None else round(idle_after * 1e9)
         self.on_error = on_error
         self.strategy = strategy
         self.handler_max = handler_max

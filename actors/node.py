@@ -752,7 +752,7 @@ class PlacementNode(Verbs):
         self._placement.stop(block=False)
         self._grains.stop(self._left_s(until_ns))
         for each in self._registry.all():
-            each.activation.abandon()
+            each.abandon()
         self._publish(Happened(kind="placement", name="Stopped"))
         self.events.close(lambda: self._left_s(until_ns))
         if self._own_engine is not None:
@@ -1003,7 +1003,7 @@ class PlacementNode(Verbs):
             if (
                 found is None
                 or found.pid.fencing_token != frame.token
-                or not found.activation.deliver(mail)
+                or not found.deliver(mail)
             ):
                 self._postbox.send(sender, _bounce_of(frame))
 
@@ -1015,16 +1015,16 @@ class PlacementNode(Verbs):
         record: ActivationRecord,
         guard: Guard,
         chain: tuple[str, ...],
-    ) -> tuple[Activation, float | None]:
-        """An activation of `pid`, not started, and when it counts as idle."""
+    ) -> Activation:
+        """An activation of `pid`, not started."""
         kind = self._kinds[pid.identity.kind]
         activation_class: Any = (
             self.activation_type if kind.is_threaded is False else ThreadedActivation
         )
-        made = activation_class(
+        made: Activation = activation_class(
             pid, record, guard=guard, kind=kind, host=self._host, chain=chain
         )
-        return made, kind.idle_after
+        return made
 
     def session_changed(
         self, session: SessionId | None, why: str, guard: Guard | None = None

@@ -220,7 +220,7 @@ class Outbox:
             found = self._find(identity)
             if found is not None and found.is_straight:
                 mail.session = found.pid.session
-                if found.activation.deliver(mail):
+                if found.deliver(mail):
                     return number
             self._go(mail, identity, deadline_ns, now_ns)
         return number
@@ -233,7 +233,7 @@ class Outbox:
         number = self._take_number()
         mail = Mail(payload, request_id, (), 0, False, self, number, identity)
         found = self._find(identity)
-        if found is not None and found.is_straight and found.activation.deliver(mail):
+        if found is not None and found.is_straight and found.deliver(mail):
             return number
         with self.lock:
             now_ns = self._now_ns()
@@ -413,7 +413,7 @@ class Outbox:
             return (
                 found is not None
                 and found.pid.fencing_token == pid.fencing_token
-                and found.activation.deliver(mail)
+                and found.deliver(mail)
             )
         number, is_ask = mail.number, mail.is_ask
         frame = Deliver(

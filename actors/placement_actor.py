@@ -145,8 +145,8 @@ class Surroundings(Protocol):
         record: ActivationRecord,
         guard: Guard,
         chain: tuple[str, ...],
-    ) -> tuple[Activation, float | None]:
-        """Make an activation, not started; and seconds until it counts as idle.
+    ) -> Activation:
+        """Make an activation, not started.
 
         `chain` are the identities that wait for it.
         """
@@ -342,7 +342,7 @@ class PlacementActor(DispatchedActor):
     def _end_idle(self, idle_for_ns: int, now_ns: int) -> None:
         for each in self._registry.all():
             is_idle = now_ns - each.last_used_ns >= idle_for_ns
-            if is_idle and not each.activation.is_busy():
+            if is_idle and not each.is_busy():
                 self._host(
                     self._hosting.passivate(
                         each.pid.identity, fencing_token=each.pid.fencing_token
@@ -379,7 +379,7 @@ class PlacementActor(DispatchedActor):
     def _stop_activation(self, effect: StopActivation) -> None:
         found = self._registry.find(effect.pid.identity)
         if found is not None and found.pid == effect.pid:
-            found.activation.stop(lapsed=effect.lapsed)
+            found.stop(lapsed=effect.lapsed)
 
     def _tell_started(self, effect: TellStarted) -> None:
         if effect.to == self._own_address:
@@ -424,15 +424,10 @@ class PlacementActor(DispatchedActor):
 
     def _start(self, start: StartActivation) -> None:
         pid = start.pid
-        activation, idle_after = self._node.make(
+        activation = self._node.make(
             pid, start.record, self._guards[pid.session], start.chain
         )
-        activation.registered = self._registry.add(
-            pid,
-            activation,
-            now_ns=self.dispatcher.now_ns(),
-            idle_after_ns=None if idle_after is None else round(idle_after * 1e9),
-        )
+        self._registry.add(activation, now_ns=self.dispatcher.now_ns())
         self._alarm.set(self._registry.due_ns)
         activation.start()
 

@@ -202,9 +202,9 @@ class RecordedNode(PlacementNode):
         record: ActivationRecord,
         guard: Guard,
         chain: tuple[str, ...],
-    ) -> tuple[Activation, float | None]:
+    ) -> Activation:
         """An activation of `pid` that writes down its entries."""
-        made, idle_after = super().make(pid, record, guard, chain)
+        made = super().make(pid, record, guard, chain)
         assert isinstance(made, RecordedActivation)
         made.notes = self.notes
-        return made, idle_after
+        return made

@@ -175,7 +175,7 @@ class ThreadedActivation(GrainActivation):
         """The node is gone: let the thread end."""
         with self._lock:
             self._is_abandoned = True
-            self.guard.shut()
+            self._is_shut = True
             self._over()
 
     def may_block(self) -> bool:
@@ -427,14 +427,15 @@ class ThreadedActivation(GrainActivation):
                 return
             # Its thread is inside user code, where nothing can stop it, or has to run
             # what a coroutine does in the end: only then is the activation over.
-            self.guard.shut()
+            self._is_shut = True
             self._state = "ended"
             self._end_timers()
             self._owed = refusal
             if turn is not None and turn.mail is not None:
                 turn.mail.origin.failed(turn.mail, why)
                 turn.mail = None
-            self._gate.fail(why)
+            if self._gate is not None:
+                self._gate.fail(why)
             self._host.seal(self)
             if not self._is_inside:
                 self._turn, self._suspended = None, turn

@@ -133,22 +133,20 @@ class _Hosted:
     """One identity on this node.
 
     `state` is claiming, starting, active, ending or giving up; a lapsed one is
-    ending or gone. `trouble` is why its claim has failed until now.
+    ending or gone. `request` is what the store is asked meanwhile. `why_failed` is
+    why its claim has failed until now, or why it is given up again.
     """
 
     identity: Identity
     session: SessionId
     state: str
-    claim: Claim | None = None
+    request: Claim | GiveUp | None = None
     pid: Pid | None = None
-    give_up: GiveUp | None = None
     asked_by: tuple[Address, int] | None = None
     chain: tuple[str, ...] = ()
     ends_lapsed: bool = False
     why_failed: Refusal | None = None
-    due_ns: int = 0
     tried: int = 0
-    trouble: str = ""
 
 
 class Hosting:
@@ -165,7 +163,8 @@ class Hosting:
         self._is_draining = False
         self._last_attempt = 0
         self._hosted: dict[Identity, _Hosted] = {}
-        self._again: dict[Identity, _Hosted] = {}
+        #: When the request of which is repeated.
+        self._again: dict[Identity, int] = {}
         self._leaving: dict[SessionId, None] = {}
         #: How many it hosts under each: looking at all of them whenever one ends
         #: would be work for each with each.
@@ -182,9 +181,7 @@ class Hosting:
     @property
     def due_ns(self) -> int | None:
         """When `tick` is wanted next."""
-        if not self._again:
-            return None
-        return min(each.due_ns for each in self._again.values())
+        return min(self._again.values(), default=None)
 
     def state_of(self, identity: Identity) -> str | None:
         """What is going on with `identity` here."""
@@ -282,11 +279,11 @@ class Hosting:
             if hosted.state == "active":
                 assert hosted.pid is not None
                 return (TellStarted(to, hosted.pid, procedure),)
-            if hosted.claim is not None and hosted.asked_by == (to, procedure):
+            if hosted.asked_by == (to, procedure):
                 return ()  # a repeated one: the first will be answered
             said = f"{identity} is {hosted.state} here"
-            if hosted.trouble:
-                said += f", and the store fails: {hosted.trouble}"
+            if hosted.state == "claiming" and hosted.why_failed is not None:
+                said += f", and the store fails: {hosted.why_failed.message}"
             refusal = Refusal("Pending", said)
         if refusal is not None:
             return (TellStartRefused(to, identity, procedure, host, refusal),)
@@ -303,7 +300,7 @@ class Hosting:
                 identity,
                 host,
                 "claiming",
-                claim=claim,
+                claim,
                 asked_by=(to, procedure),
                 chain=chain,
             )
@@ -330,7 +327,7 @@ class Hosting:
     ) -> tuple[HostingEffect, ...]:
         """The store has answered a claim."""
         hosted = self._hosted.get(request.identity)
-        if hosted is None or hosted.claim != request or hosted.state != "claiming":
+        if hosted is None or hosted.request != request or hosted.state != "claiming":
             # The session of that claim is over; its closing frees the entry.
             return ()
         match outcome:
@@ -348,14 +345,15 @@ class Hosting:
                 # Somebody hosted it before, and has given it up: claim over that.
                 self._last_attempt += 1
                 hosted.tried = 0
-                hosted.claim = Claim(
+                again = Claim(
                     request.identity,
                     request.session,
                     self._last_attempt,
                     None,
                     entry.revision,
                 )
-                return (ClaimEntry(hosted.claim),)
+                hosted.request = again
+                return (ClaimEntry(again),)
             case ClaimRefused(_, message):
                 return (
                     *self._refuse_start(hosted, Refusal("LockDenied", message)),
@@ -363,7 +361,7 @@ class Hosting:
                 )
             case Claimed(entry):
                 self._again.pop(hosted.identity, None)
-                hosted.trouble = ""
+                hosted.why_failed = None
                 pid = entry.record.pid
                 assert pid is not None
                 hosted.pid = pid
@@ -389,11 +387,11 @@ class Hosting:
 
         One that a coordinator has taken the lock for is waited for by its deadline.
         """
-        assert hosted.claim is not None
-        hosted.trouble = message
-        if hosted.tried < _SILENT_TRIES or hosted.claim.acquisition is not None:
+        assert isinstance(hosted.request, Claim)
+        hosted.why_failed = Refusal("StoreFailed", message)
+        if hosted.tried < _SILENT_TRIES or hosted.request.acquisition is not None:
             return ()
-        told = self._refuse_start(hosted, Refusal("StoreFailed", message))
+        told = self._refuse_start(hosted, hosted.why_failed)
         hosted.asked_by = None
         return told
 
@@ -411,7 +409,7 @@ class Hosting:
         hosted = self._of(pid)
         if hosted is None or hosted.state != "starting":
             return ()
-        hosted.state, hosted.claim = "active", None
+        hosted.state, hosted.request = "active", None
         effects: list[HostingEffect] = [
             Happened(
                 kind="actor",
@@ -423,6 +421,7 @@ class Hosting:
         ]
         if hosted.asked_by is not None:
             to, procedure = hosted.asked_by
+            hosted.asked_by = None
             effects.append(TellStarted(to, pid, procedure))
         if self._is_draining:
             effects += self.passivate(pid.identity)
@@ -488,13 +487,13 @@ class Hosting:
     ) -> tuple[HostingEffect, ...]:
         """The store has answered a giving up."""
         hosted = self._hosted.get(request.identity)
-        if hosted is None or hosted.give_up != request:
+        if hosted is None or hosted.request != request:
             return ()
         if isinstance(outcome, Failed):
             if request.snapshot is not None and not outcome.may_have_happened:
                 # The last snapshot cannot be kept: say so, and free the entry.
                 bare = GiveUp(request.identity, request.fencing_token)
-                hosted.give_up = bare
+                hosted.request = bare
                 return (
                     self._lost(hosted, outcome.message),
                     GiveUpEntry(bare),
@@ -558,15 +557,15 @@ class Hosting:
     def tick(self, *, now_ns: int) -> tuple[HostingEffect, ...]:
         """Repeat the writes whose outcome is not known."""
         effects: list[HostingEffect] = []
-        for identity, hosted in sorted(self._again.items()):
-            if hosted.due_ns > now_ns:
+        for identity, due_ns in sorted(self._again.items()):
+            if due_ns > now_ns:
                 continue
             del self._again[identity]
-            if hosted.state == "claiming":
-                assert hosted.claim is not None
-                effects.append(ClaimEntry(hosted.claim))
-            elif hosted.give_up is not None:
-                effects.append(GiveUpEntry(hosted.give_up))
+            match self._hosted[identity].request:
+                case Claim() as claim:
+                    effects.append(ClaimEntry(claim))
+                case GiveUp() as give_up:
+                    effects.append(GiveUpEntry(give_up))
         return tuple(effects)
 
     # --- steps ---
@@ -579,18 +578,16 @@ class Hosting:
 
     def _try_again(self, hosted: _Hosted, now_ns: int) -> None:
         hosted.tried += 1
-        hosted.due_ns = now_ns + _AGAIN.pause_ns(hosted.tried)
-        self._again[hosted.identity] = hosted
+        self._again[hosted.identity] = now_ns + _AGAIN.pause_ns(hosted.tried)
 
     def _give_up(
         self, hosted: _Hosted, *, version: int = 0, snapshot: bytes | None = None
     ) -> tuple[HostingEffect, ...]:
         assert hosted.pid is not None
         hosted.state = "giving up"
-        hosted.give_up = GiveUp(
-            hosted.identity, hosted.pid.fencing_token, version, snapshot
-        )
-        return (GiveUpEntry(hosted.give_up),)
+        give_up = GiveUp(hosted.identity, hosted.pid.fencing_token, version, snapshot)
+        hosted.request = give_up
+        return (GiveUpEntry(give_up),)
 
     def _refuse_start(
         self, hosted: _Hosted, refusal: Refusal

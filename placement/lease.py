@@ -49,31 +49,3 @@ class Guard:
     def shut(self) -> None:
         """Say no from now on."""
         self._is_shut = True
-
-
-class Latch:
-    """The guard of one activation: its session's, and shut for itself alone."""
-
-    __slots__ = ("_guard", "_is_shut")
-
-    def __init__(self, guard: Guard) -> None:
-        self._guard = guard
-        self._is_shut = False
-
-    def is_open(self, now_ns: int) -> bool:
-        """Tell whether user code of this activation may be entered now."""
-        guard = self._guard
-        # Asked twice a message: the session's guard is called where it says no.
-        return not self._is_shut and (
-            (now_ns < guard._until_ns and not guard._is_shut)  # noqa: SLF001
-            or guard.is_open(now_ns)
-        )
-
-    @property
-    def is_shut(self) -> bool:
-        """Whether this activation, or its session, has been shut."""
-        return self._is_shut or self._guard.is_shut
-
-    def shut(self) -> None:
-        """Say no from now on; the session's other activations go on."""
-        self._is_shut = True

@@ -121,7 +121,7 @@ def idle_bytes(how: str, count: int) -> dict[str, float]:
 
 def idle(effort: Effort, *, how: str) -> Measurement:
     """Bytes for each idle Grain of a node, over the user's own object."""
-    count = effort.at_most(1_000_000) // 10
+    count = effort.at_most(1_000_000)
     found = _child("idle", how, str(count))
     return Measurement(
         ours=(found["ours"],), limit=(found["limit"],), note=f"{count:,} Grains"
@@ -280,16 +280,14 @@ def churn(hosted: int, rounds: int) -> dict[str, list[float]]:
             pid = Pid(Identity("idle", str(number)), session, token)
             record = ActivationRecord(pid=pid)
             made = GrainActivation(pid, record, guard=guard, kind=IDLE, host=host)
-            host.registry.add(
-                pid, made, now_ns=host.now_ns(), idle_after_ns=3_600_000_000_000
-            )
+            host.registry.add(made, now_ns=host.now_ns())
             made.start()
 
     def end(names: range) -> None:
         for number in names:
             found = host.registry.find(Identity("idle", str(number)))
             assert found is not None
-            found.activation.stop(lapsed=False)
+            found.stop(lapsed=False)
 
     least = Least()
     for first in range(0, hosted, CHURN):

@@ -362,8 +362,7 @@ def _claims_apart(timed: _Timed, names: list[str], node: PlacementNode) -> None:
         )[-1]
 
     def made(start: StartActivation) -> Pid:
-        activation, _ = node.make(start.pid, start.record, guard, ())
-        registry.add(start.pid, activation, now_ns=0, idle_after_ns=None)
+        registry.add(node.make(start.pid, start.record, guard, ()), now_ns=0)
         return start.pid
 
     guard = Guard(session, until_ns=far_ns)

@@ -527,10 +527,10 @@ def test_what_has_ended_is_freed_without_the_collector(how: str) -> None:
         try:
             assert node.ref("freed/1").ask(1) == 1
             if how == "lapses":
-                registered = node._registry.find(Identity("freed", "1"))
-                assert registered is not None
-                registered.activation.stop(lapsed=True)
-                del registered
+                found = node._registry.find(Identity("freed", "1"))
+                assert found is not None
+                found.stop(lapsed=True)
+                del found
             eventually(lambda: alive[0]() is None)
         finally:
             gc.enable()

@@ -904,13 +904,13 @@ def test_what_is_held_keeps_what_follows_from_going_straight() -> None:
         node.start_member()
         node.ref("echo/1").ask("what is held at first")
         node.ref("echo/1").ask("what finds it")
-        registered = node._registry.find(Identity("echo", "1"))
-        assert registered is not None
-        assert registered.is_straight
+        found = node._registry.find(Identity("echo", "1"))
+        assert found is not None
+        assert found.is_straight
         with node._outbox.lock:
-            node._outbox.forget(registered.pid)
+            node._outbox.forget(found.pid)
             held = node.seek("echo/1")
-            assert not registered.is_straight
-        assert held.get(timeout=5) == registered.pid
+            assert not found.is_straight
+        assert held.get(timeout=5) == found.pid
         assert node.ref("echo/1").ask(1) == 1
-        assert registered.is_straight
+        assert found.is_straight

@@ -132,9 +132,9 @@ def node(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> Iterator[PlacementNod
 
 
 def activation_of(node: PlacementNode, identity: str) -> Any:
-    registered = node._registry.find(Identity.parse(identity))
-    assert registered is not None
-    return registered.activation
+    found = node._registry.find(Identity.parse(identity))
+    assert found is not None
+    return found
 
 
 @contextmanager
@@ -298,7 +298,7 @@ def test_a_mail_that_is_put_into_a_mailbox_just_sealed_goes_another_way(
     ref.ask("what is held at first")
     ref.ask("what finds it")
     activation = activation_of(node, "echo/1")
-    assert activation.registered.is_straight
+    assert activation.is_straight
     mailbox = activation._mailbox = SealedMeanwhile()
     came_back: list[Any] = []
     monkeypatch.setattr(
@@ -310,7 +310,7 @@ def test_a_mail_that_is_put_into_a_mailbox_just_sealed_goes_another_way(
     # As one that had come back it would be dropped where others have gone on since.
     assert came_back == []
     assert not mailbox
-    assert activation.registered.is_straight is False
+    assert activation.is_straight is False
     assert Identity.parse("echo/1") in node._outbox.waiting()
 
 
@@ -324,8 +324,8 @@ def test_r1_2_what_is_bound_to_a_session_that_is_over_is_sent_nothing_more() -> 
         )
         node.ref(name).ask("what is held at first")
         node.ref(name).ask("what finds it")
-        registered = activation_of(node, name).registered
-        assert registered.is_straight
+        activation = activation_of(node, name)
+        assert activation.is_straight
         outbox, table, gone = node._outbox, node._table, node.session
         assert table is not None
         left = tuple(each for each in table.topology.members if each.session != gone)
@@ -333,7 +333,7 @@ def test_r1_2_what_is_bound_to_a_session_that_is_over_is_sent_nothing_more() -> 
 
         node._engine.system.post(outbox.adopt, table.adopt(topology), (gone,))
 
-        eventually(lambda: not registered.is_straight)
+        eventually(lambda: not activation.is_straight)
 
 
 def test_a_timer_that_is_due_just_now_is_cancelled_without_harm() -> None:

@@ -668,10 +668,10 @@ class UnguardedNode(RecordedNode):
         record: ActivationRecord,
         guard: Guard,
         chain: tuple[str, ...],
-    ) -> tuple[Activation, float | None]:
-        made, idle_after = super().make(pid, record, guard, chain)
+    ) -> Activation:
+        made = super().make(pid, record, guard, chain)
         made.guard = _Open()  # type: ignore[assignment]
-        return made, idle_after
+        return made
 
 
 class UnguardedCluster(SimulatedCluster):

@@ -277,10 +277,10 @@ def test_what_comes_back_from_user_code_after_the_end_is_not_handled() -> None:
         node.start_member()
         waiting = node.ref("worker/1").ask(["wait", "late"], block=False)
         eventually(lambda: bool(node.snapshot().activations))
-        registered = node._registry.find(Identity.parse("worker/1"))
-        assert registered is not None
-        eventually(lambda: registered.activation._is_inside)  # type: ignore[attr-defined]
-        registered.activation.stop(lapsed=True)
+        found = node._registry.find(Identity.parse("worker/1"))
+        assert found is not None
+        eventually(lambda: found._is_inside)  # type: ignore[attr-defined]
+        found.stop(lapsed=True)
         with pytest.raises(OutcomeUnknown, match="lost its lease"):
             waiting.get(timeout=5)
         GATES["late"].set()
@@ -333,9 +333,8 @@ def test_what_is_put_back_while_another_thread_seals_is_given_back_once() -> Non
     with PlacementNode("n", kinds=KINDS, **FAST) as node:
         node.start_member()
         node.ref("threaded/1").ask(1)
-        registered = node._registry.find(Identity.parse("threaded/1"))
-        assert registered is not None
-        activation: Any = registered.activation
+        activation: Any = node._registry.find(Identity.parse("threaded/1"))
+        assert activation is not None
         taken = Watched(["later"])
         taken.activation, activation._taken = activation, taken
 

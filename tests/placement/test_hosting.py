@@ -274,6 +274,7 @@ def test_r2_4_a_failed_activation_is_given_up_before_its_requesters_hear() -> No
     assert none_of(effects, TellStartRefused)
     give_up = only(effects, GiveUpEntry).request
     assert give_up == GiveUp(CART, 5)
+    assert start(made) == ()  # whoever asked for it hears why, when it is given up
     after = made.given_up(give_up, GivenUp(), now_ns=0)
     assert only(after, TellStartRefused).refusal == why
     assert len(made) == 0

@@ -343,7 +343,12 @@ def test_the_cache_forgets_by_time_size_token_and_topology() -> None:
 class Worker:
     """An activation that says whether it is busy."""
 
-    busy = False
+    def __init__(self, pid: Pid, idle_after_ns: int | None) -> None:
+        self.pid = pid
+        self.idle_after_ns = idle_after_ns
+        self.last_used_ns = 0
+        self.is_straight = False
+        self.busy = False
 
     def is_busy(self) -> bool:
         return self.busy
@@ -352,9 +357,10 @@ class Worker:
 def test_the_registry_finds_idle_activations_and_only_those() -> None:
     registry: VirtualActorRegistry[Worker] = VirtualActorRegistry()
     assert registry.due_ns is None
-    one = registry.add(pid(1), Worker(), now_ns=0, idle_after_ns=10)
-    registry.add(pid(2), Worker(), now_ns=0, idle_after_ns=None)
-    registry.add(pid(3), Worker(), now_ns=0, idle_after_ns=10)
+    one = Worker(pid(1), 10)
+    registry.add(one, now_ns=0)
+    registry.add(Worker(pid(2), None), now_ns=0)
+    registry.add(Worker(pid(3), 10), now_ns=0)
     assert registry.due_ns == 10
     one.last_used_ns = 5
     assert registry.idle(9) == ()
@@ -373,14 +379,76 @@ def test_the_registry_finds_idle_activations_and_only_those() -> None:
 
 def test_what_is_busy_is_not_idle_and_its_idle_time_starts_at_the_end() -> None:
     registry: VirtualActorRegistry[Worker] = VirtualActorRegistry()
-    worker = Worker()
-    one = registry.add(pid(1), worker, now_ns=0, idle_after_ns=10)
+    worker = Worker(pid(1), 10)
+    registry.add(worker, now_ns=0)
     worker.busy = True
     assert registry.idle(10) == registry.idle(20) == ()
-    worker.busy, one.last_used_ns = False, 25
+    worker.busy, worker.last_used_ns = False, 25
     assert registry.idle(30) == ()
     assert registry.due_ns == 35
     assert registry.idle(35) == (pid(1),)
+
+
+#: Steps of a second, since what is due soon is kept otherwise than what is not.
+_SECOND_NS = 1_000_000_000
+_STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["add", "use", "busy", "remove", "look", "look"]),
+        st.integers(0, 5),
+        st.integers(0, 100 * _SECOND_NS),
+    ),
+    max_size=60,
+)
+
+
+@given(_STEPS)
+def test_idle_ones_are_found_as_by_looking_at_each_all_the_time(
+    steps: list[tuple[str, int, int]],
+) -> None:
+    registry: VirtualActorRegistry[Worker] = VirtualActorRegistry()
+    there: dict[int, Worker] = {}
+    idle_at_ns: dict[int, int] = {}
+    now_ns, token = 0, 0
+    for what, number, ns in steps:
+        worker = there.get(number)
+        if what == "add" and worker is None:
+            token += 1
+            idle_after_ns = None if number == 0 else number * number * 3 * _SECOND_NS
+            worker = there[number] = Worker(pid(number, token=token), idle_after_ns)
+            registry.add(worker, now_ns=now_ns)
+            if idle_after_ns is not None:
+                idle_at_ns[number] = now_ns + idle_after_ns
+        elif what == "use" and worker is not None:
+            worker.last_used_ns = now_ns
+        elif what == "busy" and worker is not None:
+            worker.busy = not worker.busy
+            worker.last_used_ns = now_ns
+        elif what == "remove" and worker is not None:
+            assert registry.remove(worker.pid) is worker
+            del there[number]
+            idle_at_ns.pop(number, None)
+        elif what == "look":
+            idle_from_ns = {
+                worker.pid: max(
+                    at_ns, worker.last_used_ns + (worker.idle_after_ns or 0)
+                )
+                for worker, at_ns in ((there[n], idle_at_ns[n]) for n in idle_at_ns)
+                if not worker.busy
+            }
+            # Up to the next time at which there may be one, and not beyond it.
+            due_ns = registry.due_ns
+            assert not idle_from_ns or due_ns is not None
+            if due_ns is not None:
+                assert due_ns <= min([*idle_from_ns.values(), due_ns])
+            now_ns = now_ns + ns if due_ns is None else min(now_ns + ns, due_ns)
+            found = registry.idle(now_ns)
+            assert set(found) == {
+                each for each, at_ns in idle_from_ns.items() if at_ns <= now_ns
+            }
+            for each in idle_at_ns:
+                if there[each].pid in found:
+                    idle_at_ns[each] = now_ns + (there[each].idle_after_ns or 0)
+    assert len(registry) == len(there)
 
 
 def test_r4_5_an_event_bears_its_time_and_says_what_happened() -> None:
