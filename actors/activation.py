@@ -346,7 +346,7 @@ class GrainActivation:
         self._is_reported = False
         self.last_used_ns = 0
         self.is_straight = False
-        self.context = Context(self, pid, record.snapshot)
+        self.context = Context(self, record.snapshot)
 
     # --- from any thread -----------------------------------------------------
 

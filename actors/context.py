@@ -38,6 +38,8 @@ class Timer:
 class Surroundings(Protocol):
     """What an activation offers its context."""
 
+    pid: Pid
+
     @property
     def request_id(self) -> str:
         """That of the message being handled; empty where it has none."""
@@ -125,11 +127,10 @@ class Context(Verbs):
     activation started, none if nothing was.
     """
 
-    __slots__ = ("_around", "_pid", "_snapshot")
+    __slots__ = ("_around", "_snapshot")
 
-    def __init__(self, around: Surroundings, pid: Pid, snapshot: bytes | None) -> None:
+    def __init__(self, around: Surroundings, snapshot: bytes | None) -> None:
         self._around = around
-        self._pid = pid
         self._snapshot = snapshot
 
     @property
@@ -140,17 +141,17 @@ class Context(Verbs):
     @property
     def identity(self) -> Identity:
         """Who it is."""
-        return self._pid.identity
+        return self._around.pid.identity
 
     @property
     def pid(self) -> Pid:
         """The reference to this very activation."""
-        return self._pid
+        return self._around.pid
 
     @property
     def fencing_token(self) -> int:
         """The token of this activation."""
-        return self._pid.fencing_token
+        return self._around.pid.fencing_token
 
     @property
     def snapshot(self) -> bytes | None:

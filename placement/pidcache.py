@@ -48,6 +48,9 @@ class PidCache:
         if ttl_ns < 1 or size_max < 1:
             raise ValueError("a PidCache needs a time to live and a size above 0")
         self._ttl_ns = ttl_ns
+        # A number takes 32 bytes: references of nearly the same time share theirs.
+        self._step_ns = max(1, ttl_ns // 1024)
+        self._until_ns = 0
         self._size_max = size_max
         # An Identity is the text that it is: either finds it.
         self._pids: dict[str, _Known] = {}
@@ -102,7 +105,10 @@ class PidCache:
         elif len(self._pids) >= self._size_max:
             self._drop(next(iter(self._pids.values())).pid)
             self.evicted_count += 1
-        self._pids[pid.identity] = _Known(now_ns + self._ttl_ns, pid)
+        until_ns = now_ns + self._ttl_ns
+        if not 0 <= until_ns - self._until_ns < self._step_ns:
+            self._until_ns = until_ns
+        self._pids[pid.identity] = _Known(self._until_ns, pid)
         try:
             self._of[pid.session][pid.identity] = None
         except KeyError:

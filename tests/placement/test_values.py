@@ -340,6 +340,16 @@ def test_the_cache_forgets_by_time_size_token_and_topology() -> None:
         PidCache(ttl_ns=0, size_max=1)
 
 
+def test_a_reference_is_good_for_its_time_to_live_less_a_thousandth_at_most() -> None:
+    ttl_ns = 1_024_000
+    cache = PidCache(ttl_ns=ttl_ns, size_max=10)
+    for number, at_ns in enumerate((5_000_000, 5_000_999, 5_001_000, 1_000_000)):
+        cache.put(pid(number), at_ns)
+        at_least_ns = at_ns + ttl_ns - ttl_ns // 1024
+        assert cache.get(pid(number).identity, at_least_ns) == pid(number)
+        assert cache.get(pid(number).identity, at_ns + ttl_ns) is None
+
+
 class Worker:
     """An activation that says whether it is busy."""
 
