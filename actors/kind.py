@@ -1,7 +1,6 @@
 """Kinds: what sort of actor an identity's kind stands for, and how it is hosted."""
 
 import importlib
-import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
@@ -13,6 +12,10 @@ from placement.topology import Member
 
 Strategy: TypeAlias = Callable[[Identity, tuple[Member, ...], Member | None], Member]
 """Chooses a host: of the eligible members, sorted; and the partition's owner."""
+
+
+#: Thirty years: who means longer means none.
+SECONDS_MAX = 1_000_000_000
 
 
 class BadKind(ValueError):
@@ -66,11 +69,16 @@ class Kind:
         if inbox_max < 1:
             raise BadKind(f"inbox_max must be at least 1, not {inbox_max}")
         for name, seconds in (("idle_after", idle_after), ("handler_max", handler_max)):
-            if seconds is not None and not (0 < seconds < math.inf):
-                raise BadKind(f"{name} must be above 0 seconds, not {seconds}")
+            if seconds is not None and not (0 < seconds <= SECONDS_MAX):
+                raise BadKind(
+                    f"{name} must be above 0 seconds, and {SECONDS_MAX:,} at most, "
+                    f"not {seconds}"
+                )
         self.idle_after = idle_after
         #: The same, in nanoseconds: one number for all of the kind.
-        self.idle_after_ns = None if idle_after is None else round(idle_after * 1e9)
+        self.idle_after_ns = (
+            None if idle_after is None else max(1, round(idle_after * 1e9))
+        )
         self.on_error = on_error
         self.strategy = strategy
         self.handler_max = handler_max

@@ -5,7 +5,6 @@ once; who asks meanwhile hears `pending`. An activation is bound to the session
 under which its entry was written, and ends with that session.
 """
 
-from dataclasses import field
 from typing import TypeAlias
 
 from placement.contracts import (
@@ -129,23 +128,14 @@ HostingEffect: TypeAlias = (
 )
 
 
-@value
-class _AskedBy:
-    """The procedure that a start is for, and the identities that wait for that."""
-
-    to: Address
-    procedure: int
-    chain: tuple[str, ...] = field(compare=False)
-
-
 @record
 class _Hosted:
     """One identity on this node.
 
     `state` is claiming, starting, active, ending or giving up; a lapsed one is
-    ending or gone. `request` is what the store is asked meanwhile; `asked_by` is
-    who waits for the start. `why_failed` is why its claim has failed until now, or
-    why it is given up again.
+    ending or gone. `request` is what the store was asked last, none once it is
+    active; `asked_by` is who has no answer yet. `why_failed` is why its claim has
+    failed until now, or why it is given up again.
     """
 
     identity: Identity
@@ -153,7 +143,8 @@ class _Hosted:
     state: str
     request: Claim | GiveUp | None = None
     pid: Pid | None = None
-    asked_by: _AskedBy | None = None
+    asked_by: tuple[Address, int] | None = None
+    chain: tuple[str, ...] = ()
     ends_lapsed: bool = False
     why_failed: Refusal | None = None
     tried: int = 0
@@ -283,14 +274,13 @@ class Hosting:
         """
         to = address_of(acquisition.session)
         procedure = acquisition.procedure
-        asked_by = _AskedBy(to, procedure, chain)
         refusal = self._refusal(identity, host)
         hosted = self._hosted.get(identity)
         if hosted is not None and refusal is None:
             if hosted.state == "active":
                 assert hosted.pid is not None
                 return (TellStarted(to, hosted.pid, procedure),)
-            if hosted.asked_by == asked_by:
+            if hosted.asked_by == (to, procedure):
                 return ()  # a repeated one: the first will be answered
             said = f"{identity} is {hosted.state} here"
             if hosted.state == "claiming" and hosted.why_failed is not None:
@@ -306,7 +296,16 @@ class Hosting:
             None if takes_lock else acquisition,
             expected_revision,
         )
-        self._add(_Hosted(identity, host, "claiming", request=claim, asked_by=asked_by))
+        self._add(
+            _Hosted(
+                identity,
+                host,
+                "claiming",
+                request=claim,
+                asked_by=(to, procedure),
+                chain=chain,
+            )
+        )
         return (ClaimEntry(claim),)
 
     def _refusal(self, identity: Identity, host: SessionId) -> Refusal | None:
@@ -378,13 +377,11 @@ class Hosting:
                     session=pid.session,
                     token=pid.fencing_token,
                 )
-                asked_by = hosted.asked_by
-                chain = () if asked_by is None else asked_by.chain
-                start = StartActivation(pid, entry.record, chain)
-                if request.acquisition is not None or asked_by is None:
+                start = StartActivation(pid, entry.record, hosted.chain)
+                if request.acquisition is not None or hosted.asked_by is None:
                     return (claimed, start)
-                tell = TellClaimed(asked_by.to, pid.identity, asked_by.procedure)
-                return (claimed, start, tell)
+                to, procedure = hosted.asked_by
+                return (claimed, start, TellClaimed(to, pid.identity, procedure))
 
     def _tell_trouble(self, hosted: _Hosted, message: str) -> tuple[HostingEffect, ...]:
         """Have nobody wait for a claim that fails again and again; it goes on.
@@ -424,8 +421,8 @@ class Hosting:
             )
         ]
         if hosted.asked_by is not None:
-            to = hosted.asked_by.to
-            effects.append(TellStarted(to, pid, hosted.asked_by.procedure))
+            to, procedure = hosted.asked_by
+            effects.append(TellStarted(to, pid, procedure))
             hosted.asked_by = None
         if self._is_draining:
             effects += self.passivate(pid.identity)
@@ -596,17 +593,11 @@ class Hosting:
     def _refuse_start(
         self, hosted: _Hosted, refusal: Refusal
     ) -> tuple[HostingEffect, ...]:
-        asked_by = hosted.asked_by
-        if asked_by is None:
+        if hosted.asked_by is None:
             return ()
+        to, procedure = hosted.asked_by
         return (
-            TellStartRefused(
-                asked_by.to,
-                hosted.identity,
-                asked_by.procedure,
-                hosted.session,
-                refusal,
-            ),
+            TellStartRefused(to, hosted.identity, procedure, hosted.session, refusal),
         )
 
     def _add(self, hosted: _Hosted) -> None:

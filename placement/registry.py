@@ -43,9 +43,9 @@ class VirtualActorRegistry(Generic[T]):
     whether it is busy, when it may be idle: a use costs an assignment only.
 
     When that is, is kept in order for the next seconds only. What comes later is in a
-    list for its slot of time, which is sorted in when that begins, as in a hierarchical
-    timing wheel (Varghese and Lauck, SOSP 1987, section 6): eight bytes for each of a
-    million, and those used meanwhile move on without ever being sorted.
+    list for its slot of time, and is sorted in when that begins, or moves on to another
+    where it was used meanwhile; as in a hierarchical timing wheel (Varghese and Lauck,
+    SOSP 1987, section 6). So each of a million costs eight bytes.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class VirtualActorRegistry(Generic[T]):
         activation.last_used_ns = now_ns
         self._registered[pid.identity] = activation
         if activation.idle_after_ns is not None:
-            self._look_at(pid, now_ns + activation.idle_after_ns, now_ns)
+            self._look_when_unused(pid, now_ns + activation.idle_after_ns, now_ns)
 
     def remove(self, pid: Pid) -> T | None:
         """Take out the activation that `pid` names, if it is that one."""
@@ -100,7 +100,7 @@ class VirtualActorRegistry(Generic[T]):
                 if activation is not None and activation.pid is pid:
                     assert activation.idle_after_ns is not None
                     at_ns = activation.last_used_ns + activation.idle_after_ns
-                    self._look_at(pid, at_ns, now_ns)
+                    self._look_when_unused(pid, at_ns, now_ns)
         found = []
         while self._due and self._due[0][0] <= now_ns:
             _, token, identity = heapq.heappop(self._due)
@@ -111,14 +111,17 @@ class VirtualActorRegistry(Generic[T]):
             assert idle_after_ns is not None
             idle_at_ns = activation.last_used_ns + idle_after_ns
             if activation.is_busy():
-                idle_at_ns = now_ns + idle_after_ns
+                # Not before that, though it is not used.
+                heapq.heappush(self._due, (now_ns + idle_after_ns, token, identity))
             elif idle_at_ns <= now_ns:
                 found.append(activation.pid)
-                idle_at_ns = now_ns + idle_after_ns
-            self._look_at(activation.pid, idle_at_ns, now_ns)
+                heapq.heappush(self._due, (now_ns + idle_after_ns, token, identity))
+            else:
+                self._look_when_unused(activation.pid, idle_at_ns, now_ns)
         return tuple(found)
 
-    def _look_at(self, pid: Pid, at_ns: int, now_ns: int) -> None:
+    def _look_when_unused(self, pid: Pid, at_ns: int, now_ns: int) -> None:
+        """Look at it at `at_ns`, when it has not been used for its time."""
         slot = at_ns // _SLOT_NS
         if slot < now_ns // _SLOT_NS + _SORTED_SLOTS:
             heapq.heappush(self._due, (at_ns, pid.fencing_token, pid.identity))

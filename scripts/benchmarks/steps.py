@@ -209,8 +209,7 @@ def _local(node: PlacementNode) -> Iterator[Step]:
     for _ in range(2):
         ref.ask(message)
     outbox: Any = node._outbox  # noqa: SLF001  its steps are measured
-    registered: Any = outbox._find(ref.identity)  # noqa: SLF001
-    activation = registered.activation
+    activation: Any = outbox._find(ref.identity)  # noqa: SLF001
     mail = Mail(message, "", (), 0, False, outbox, 1, ref.identity)
     asked = Mail(message, "", (), 0, True, outbox, 1, ref.identity)
     mailbox: list[Mail] = []

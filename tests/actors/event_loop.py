@@ -23,6 +23,7 @@ def run_and_watch(main: Coroutine[Any, Any, T]) -> tuple[T, float]:
     async def watched() -> tuple[T, float]:
         done = asyncio.Event()
         ticking = asyncio.create_task(_longest_gap(done, selector))
+        await asyncio.sleep(0)  # it has begun
         try:
             result = await main
         finally:
@@ -57,30 +58,27 @@ class _LateSelector(selectors.DefaultSelector):
 
 async def _longest_gap(done: asyncio.Event, selector: _LateSelector) -> float:
     longest, last = 0.0, time.perf_counter()
-    last_waited, last_late_s = _without_processor_ns(), selector.idle_late_s
+    last_waited, last_late_s = _without_processor_s(), selector.idle_late_s
     while not done.is_set():
         await asyncio.sleep(0.001)
-        now, waited = time.perf_counter(), _without_processor_ns()
-        # Thread by thread: one that ends meanwhile, as those of a node that is
-        # killed do, takes along all that it ever waited.
-        waited_ns = sum(
-            ns - last_waited.get(thread, 0) for thread, ns in waited.items()
-        )
+        now, waited = time.perf_counter(), _without_processor_s()
         late_s = selector.idle_late_s - last_late_s
-        # Both may have seen the same time: it is taken off once.
-        longest = max(longest, now - last - max(waited_ns / 1e9, late_s))
+        # Its own wait, or that of who had the interpreter's lock: the longest, for all
+        # of them may have seen the same time, which is taken off once.
+        waits = (s - last_waited.get(thread, 0.0) for thread, s in waited.items())
+        longest = max(longest, now - last - max((late_s, *waits)))
         last, last_waited = time.perf_counter(), waited
         last_late_s = selector.idle_late_s
     return longest
 
 
-def _without_processor_ns() -> dict[str, int]:
+def _without_processor_s() -> dict[str, float]:
     """How long each thread of this process has been ready and had no processor.
 
     The kernel counts it, where it is Linux; elsewhere a gap is all ours.
     """
-    waited_ns = {}
+    waited = {}
     for task in TASKS.iterdir() if TASKS.exists() else ():
         with suppress(OSError):  # a thread that has just ended
-            waited_ns[task.name] = int((task / "schedstat").read_text().split()[1])
-    return waited_ns
+            waited[task.name] = int((task / "schedstat").read_text().split()[1]) / 1e9
+    return waited

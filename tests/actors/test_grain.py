@@ -195,6 +195,8 @@ def test_a_grain_without_a_state_type_has_none() -> None:
     ("options", "said"),
     [
         ({"idle_after": 0}, "idle_after must be above 0"),
+        ({"idle_after": 1e300}, "idle_after must be above 0 seconds, and 1,000,000,0"),
+        ({"idle_after": float("nan")}, "idle_after must be above 0 .* not nan"),
         ({"handler_max": -1}, "handler_max must be above 0"),
         ({"inbox_max": 0}, "inbox_max must be at least 1"),
         ({"on_error": "explode"}, "on_error is 'continue' or 'stop'"),

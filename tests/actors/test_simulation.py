@@ -652,13 +652,8 @@ def test_r1_2_a_strategy_that_counts_spreads_evenly() -> None:
 
 
 class _Open:
-    is_shut = False
-
     def is_open(self, now_ns: int) -> bool:
         return True
-
-    def shut(self) -> None:
-        """Never."""
 
 
 class UnguardedNode(RecordedNode):

@@ -65,6 +65,27 @@ def test_a_start_tells_who_waits_for_it() -> None:
     assert started.chain == chain
 
 
+def test_a_start_tells_who_waits_for_it_also_after_nobody_was_left_to_answer() -> None:
+    made = hosting()
+    effects = made.start(
+        CART,
+        acquisition=LOCK,
+        host=A,
+        expected_revision=0,
+        chain=("a/1",),
+        takes_lock=True,
+    )
+    claim = only(effects, ClaimEntry).request
+    lost = Failed("no answer", may_have_happened=True)
+    told = [made.claimed(claim, lost, now_ns=0) for _ in range(2)]
+    assert only(told[-1], TellStartRefused).refusal.reason == "StoreFailed"
+
+    effects = made.claimed(claim, Claimed(entry(owner=A, token=5)), now_ns=0)
+
+    assert only(effects, StartActivation).chain == ("a/1",)
+    assert none_of(effects, TellClaimed)
+
+
 def test_r3_1_a_claim_takes_the_lock_where_the_coordinator_has_not() -> None:
     made = hosting()
     effects = made.start(

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from placement.entry import Pid
@@ -405,12 +405,21 @@ _STEPS = st.lists(
     st.tuples(
         st.sampled_from(["add", "use", "busy", "remove", "look", "look"]),
         st.integers(0, 5),
-        st.integers(0, 100 * _SECOND_NS),
+        st.sampled_from(
+            [0, *(_SECOND_NS * n // 10 for n in (1, 5, 20, 90, 300, 1000))]
+        ),
     ),
     max_size=60,
 )
+_LOOK = ("look", 0, 100 * _SECOND_NS)
+_LOOK_SOON = ("look", 0, 20 * _SECOND_NS)
 
 
+@example([("add", 5, 0), _LOOK, _LOOK, _LOOK, _LOOK, _LOOK])
+@example([("add", 5, 0), _LOOK_SOON, ("use", 5, 0), *6 * [_LOOK]])
+@example([("add", 5, 0), _LOOK, ("use", 5, 0), *6 * [_LOOK]])
+@example([("add", 5, 0), _LOOK_SOON, ("remove", 5, 0), ("add", 5, 0), *6 * [_LOOK]])
+@example([("add", 5, 0), ("busy", 5, 0), _LOOK, _LOOK, ("busy", 5, 0), *6 * [_LOOK]])
 @given(_STEPS)
 def test_idle_ones_are_found_as_by_looking_at_each_all_the_time(
     steps: list[tuple[str, int, int]],
@@ -432,32 +441,26 @@ def test_idle_ones_are_found_as_by_looking_at_each_all_the_time(
             worker.last_used_ns = now_ns
         elif what == "busy" and worker is not None:
             worker.busy = not worker.busy
-            worker.last_used_ns = now_ns
         elif what == "remove" and worker is not None:
             assert registry.remove(worker.pid) is worker
             del there[number]
             idle_at_ns.pop(number, None)
         elif what == "look":
-            idle_from_ns = {
-                worker.pid: max(
-                    at_ns, worker.last_used_ns + (worker.idle_after_ns or 0)
-                )
-                for worker, at_ns in ((there[n], idle_at_ns[n]) for n in idle_at_ns)
-                if not worker.busy
-            }
+            for each, at_ns in idle_at_ns.items():
+                unused_ns = there[each].last_used_ns + (there[each].idle_after_ns or 0)
+                idle_at_ns[each] = max(at_ns, unused_ns)
             # Up to the next time at which there may be one, and not beyond it.
             due_ns = registry.due_ns
-            assert not idle_from_ns or due_ns is not None
+            assert not idle_at_ns or due_ns is not None
             if due_ns is not None:
-                assert due_ns <= min([*idle_from_ns.values(), due_ns])
+                assert due_ns <= min([*idle_at_ns.values(), due_ns])
             now_ns = now_ns + ns if due_ns is None else min(now_ns + ns, due_ns)
             found = registry.idle(now_ns)
-            assert set(found) == {
-                each for each, at_ns in idle_from_ns.items() if at_ns <= now_ns
-            }
-            for each in idle_at_ns:
-                if there[each].pid in found:
-                    idle_at_ns[each] = now_ns + (there[each].idle_after_ns or 0)
+            looked_at = [each for each, at_ns in idle_at_ns.items() if at_ns <= now_ns]
+            idle = [there[each].pid for each in looked_at if not there[each].busy]
+            assert sorted(found, key=str) == sorted(idle, key=str)
+            for each in looked_at:
+                idle_at_ns[each] = now_ns + (there[each].idle_after_ns or 0)
     assert len(registry) == len(there)
 
 
