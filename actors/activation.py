@@ -42,6 +42,7 @@ from placement.errors import (
 from placement.event import Happened
 from placement.identity import Identity
 from placement.lease import Guard
+from placement.registry import Hosted
 from placement.topology import SessionId
 from placement.value import record
 
@@ -156,17 +157,10 @@ class Host(Protocol):
         """Send a message, as of the moment of the call."""
 
 
-class Activation(Protocol):
+class Activation(Hosted, Protocol):
     """One live instance of an identity on this node, however it is hosted."""
 
-    pid: Pid
     guard: Guard
-    last_used_ns: int
-    is_straight: bool
-
-    @property
-    def idle_after_ns(self) -> int | None:
-        """How long it is not used before it is idle; none where it never is."""
 
     def start(self) -> None:
         """Run its first hook, then report."""
@@ -185,9 +179,6 @@ class Activation(Protocol):
 
     def withdraw(self, mail: Mail) -> bool:
         """Take `mail` out of a sealed mailbox; false: it is not there any more."""
-
-    def is_busy(self) -> bool:
-        """Whether it handles something, or something waits for it."""
 
     def abandon(self) -> None:
         """The node is gone: end what threads it has, without any hook."""
