@@ -252,6 +252,11 @@ class StoreActor(DispatchedActor):
 
     def _perform_once(self, steps: list["_Step"]) -> None:
         """One transaction: in rounds, so that each identity's order is kept."""
+        if len(steps) == 1:
+            (step,) = steps
+            with self._store.transaction():
+                (step.outcome,) = self._methods[type(step.request)]([step.request])
+            return
         rounds: list[dict[type, list[_Step]]] = []
         seen: dict[str, int] = {}
         for step in steps:

@@ -49,6 +49,10 @@ TTL_S = 2.0
 IDLE_S = 4 * TTL_S
 REQUESTS_PER_S = 100.0
 _WEIGH_S = 0.5
+#: A frame, of which only who sends it and its number are looked into.
+_FRAME = msgspec.msgpack.Decoder(
+    tuple[msgspec.Raw, msgspec.Raw, str, msgspec.Raw, int, msgspec.Raw]
+)
 _STATE_HEADER = 3
 _ASK_S = 10.0
 
@@ -152,9 +156,10 @@ class Trial:
         now_ns = self.world.now_ns
         if self._tap is not None:
             self._tap(now_ns, sender, to, data)
-        _, _, asker, _, number, body = msgpack.unpackb(data, strict_map_key=False)
-        if body[0] != _RESOLVE:
+        _, _, asker, _, number, raw = _FRAME.decode(data)
+        if bytes(raw)[1] != _RESOLVE:  # after what says how long the body is
             return
+        body = msgpack.unpackb(raw)
         second = now_ns // 1_000_000_000
         counted = self._seeking.setdefault((asker, body[1]), [second, 0, 0])
         if counted[0] != second:
@@ -474,14 +479,13 @@ class Trial:
         world.run_until(world.now_ns + 1_000_000_000)
         began_ns = world.now_ns
         self._weigh()
-        draw = world.stream("requests")
         duration_s = scenario.duration_s
-        for number in range(scenario.requests + scenario.requests // 4):
-            order = Order(draw, number, scenario.identities, duration_s)
-            if number >= scenario.requests:
-                order.operation = "leave log" if order.number % 25 == 0 else "tell"
-            world.after(order.at_s, self._issue, order)
-            self._to_come += 1
+        orders = self._orders()
+        self._to_come = len(orders)
+        world.plan(
+            (began_ns + round(order.at_s * 1e9), self._issue, (order,))
+            for order in orders
+        )
         for episode in self.episodes:
             world.after(episode.at_s, self._begin, episode)
         world.run_until(began_ns + round(duration_s * 1e9))
@@ -494,6 +498,17 @@ class Trial:
         result = self._judge()
         self.close()
         return result
+
+    def _orders(self) -> list[Order]:
+        """The requests, and a quarter as many messages that want no answer."""
+        scenario, draw = self.scenario, self.world.stream("requests")
+        orders = []
+        for number in range(scenario.requests + scenario.requests // 4):
+            order = Order(draw, number, scenario.identities, scenario.duration_s)
+            if number >= scenario.requests:
+                order.operation = "leave log" if order.number % 25 == 0 else "tell"
+            orders.append(order)
+        return orders
 
     def _weigh(self) -> None:
         """Count now and then what is kept because it is not done yet, everywhere."""

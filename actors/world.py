@@ -11,10 +11,10 @@ Transactional Key Value Store", SIGMOD 2021, section 4.
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from random import Random
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 from actors.dispatch import Timer, Turn
 from actors.future import Future, running
@@ -33,6 +33,10 @@ class Stalled(RuntimeError):
     """Somebody waits in a world in which nothing is due any more."""
 
 
+#: When, the number of the asking, and what.
+_Due: TypeAlias = tuple[int, int, Turn, tuple[Any, ...]]
+
+
 class World:
     """What is due, in order of time; of what is due at once, the first asked for."""
 
@@ -46,8 +50,9 @@ class World:
         self.step_count = 0
         #: On guard wherever turns run.
         self.real_clock = RealClockWatch()
-        self._due: list[tuple[int, int, Turn, tuple[Any, ...]]] = []
+        self._due: list[_Due] = []
         self._number = 0
+        self._planned_count = 0
         self._is_driven = False
         self.jitter = self.stream("jitter").random
 
@@ -64,10 +69,37 @@ class World:
         """Have `turn` run in `seconds`, of the true clock."""
         self.at(self.now_ns + round(seconds * 1e9), turn, *arguments)
 
+    def plan(self, turns: Iterable[tuple[int, Turn, tuple[Any, ...]]]) -> None:
+        """Have each run then, as by `at`.
+
+        What is far off does not make dearer what is due before: only the next of a
+        plan is among that.
+        """
+        plan: list[_Due] = []
+        for at_ns, turn, arguments in turns:
+            self._number += 1
+            plan.append((at_ns, self._number, turn, arguments))
+        plan.sort(reverse=True)  # no two have the same number
+        self._planned_count += len(plan)
+        self._go_on_with(plan)
+
+    def _go_on_with(self, plan: list[_Due]) -> None:
+        if plan:
+            self._planned_count -= 1
+            at_ns, number, turn, arguments = plan.pop()
+            entry = (at_ns, number, self._take_planned, (plan, turn, arguments))
+            heapq.heappush(self._due, entry)
+
+    def _take_planned(
+        self, plan: list[_Due], turn: Turn, arguments: tuple[Any, ...]
+    ) -> None:
+        self._go_on_with(plan)
+        turn(*arguments)
+
     @property
     def waiting_count(self) -> int:
         """How many turns are to come."""
-        return len(self._due)
+        return len(self._due) + self._planned_count
 
     def moment_ns(self) -> int:
         """The true time of what the turn under way does now."""
@@ -228,7 +260,9 @@ class SteppedDispatcher:
             self._is_scheduled = True
             world = self._world
             at_ns = world.now_ns + int(world.jitter() * self._lag_ns)
-            world.at(max(self._free_ns, at_ns), self._run)
+            if at_ns < self._free_ns:  # noqa: PLR1730  max() is called
+                at_ns = self._free_ns
+            world.at(at_ns, self._run)
 
     def call_at(self, when_ns: int, turn: Turn, /, *arguments: Any) -> Timer:
         """Run `turn` once this process's clock shows `when_ns`."""
