@@ -207,6 +207,8 @@ class _Procedure:
     def chain(self) -> tuple[str, ...]:
         """All identities that wait for it, each once."""
         chains = [to.chain for to in self.waiters if to.chain]
+        if not chains:
+            return ()  # the usual one
         return tuple(dict.fromkeys(itertools.chain.from_iterable(chains)))
 
 

@@ -26,6 +26,7 @@ def address_of(session: SessionId) -> Address:
     return Address(session.rpartition("#")[0])
 
 
+@lru_cache(maxsize=1 << 14)
 def node_of(session: SessionId | Address) -> str:
     """The name of the node that opened `session`, or starts at the address."""
     return session.partition("#")[0].rpartition(".")[0]

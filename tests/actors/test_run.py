@@ -289,15 +289,15 @@ def test_a_store_locked_in_mid_run_fails_what_it_touches_and_nothing_else(
     result = run(str(requests), *options, "--report", str(report))
     locking.join()
 
-    assert locked.is_set()
+    assert locked.is_set(), result.output
     assert result.exit_code == 1, result.output
     found = json.loads(result.stdout)
-    assert found["answered"] > 0
-    assert found["failed"] > 0
-    assert found["answered"] + found["failed"] == 18_000
-    assert found["double_activations"] == 0
-    assert "is locked" in result.stderr
-    assert "failed: SaveFailed, first line " in result.stderr
+    assert found["answered"] > 0, result.output
+    assert found["failed"] > 0, result.output
+    assert found["answered"] + found["failed"] == 18_000, result.output
+    assert found["double_activations"] == 0, result.output
+    assert "is locked" in result.stderr, result.output
+    assert "failed: SaveFailed, first line " in result.stderr, result.output
     rows = [json.loads(line) for line in report.read_text().splitlines()]
     stored = stored_counts(url, [row["identity"] for row in rows])
     assert all(stored[row["identity"]] >= row["count"] for row in rows)
