@@ -70,9 +70,11 @@ class _Client:
 
     def add(self, key: _Key, until_ns: int, size: int) -> None:
         """It waits for one answer more."""
-        self.remove(key)
+        if key in self.asked:
+            self.remove(key)
         self.asked[key] = (until_ns, size)
-        self.first_until_ns = min(self.first_until_ns, until_ns)
+        if until_ns < self.first_until_ns:  # noqa: PLR1730  min() is called
+            self.first_until_ns = until_ns
         self.size += size
         self.resolutions += key[1]
 
@@ -115,12 +117,14 @@ class Clients:
         self, sender: Address, body: Frame, *, size: int, now_ns: int
     ) -> Frame | None:
         """What to answer where that is too much; none: it is taken in."""
-        if isinstance(body, Find):
+        if isinstance(body, Resolve):
+            key = (sender, True, body.request)
+        elif isinstance(body, Deliver) and body.message_id:
+            key = (sender, False, body.message_id)
+        elif isinstance(body, Find):
             return self._refuse_find(sender, body, now_ns)
-        key = _key_of(sender, body)
-        if key is None:
+        else:
             return None
-        assert isinstance(body, Resolve | Deliver)
         name = node_of(sender)
         with self._lock:
             client = self._clients.get(name)
@@ -185,12 +189,3 @@ class Clients:
             self._believed_ns = now_ns
             return body
         return replace(body, epoch=self._epoch())
-
-
-def _key_of(sender: Address, body: Frame) -> _Key | None:
-    match body:
-        case Resolve():
-            return (sender, True, body.request)
-        case Deliver() if body.message_id:
-            return (sender, False, body.message_id)
-    return None

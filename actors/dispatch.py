@@ -65,6 +65,9 @@ class Dispatcher(Protocol):
         For what a session lives by: a node that has much to do is not a dead one.
         """
 
+    def take_now(self, turn: Turn, /, *arguments: Any) -> bool:
+        """Run `turn` now, where nothing waits and the caller may; tell whether."""
+
     def call_at(self, when_ns: int, turn: Turn, /, *arguments: Any) -> Timer:
         """Run `turn` once it is `when_ns`; from any thread."""
 
@@ -106,6 +109,10 @@ class TimedDispatcher:
         """Run `turn` before what waits, after what is urgent too; from any thread."""
         self._urgent.append((turn, arguments))
         self._rouse()
+
+    def take_now(self, turn: Turn, /, *arguments: Any) -> bool:
+        """Run `turn` now, where nothing waits and the caller may; tell whether."""
+        return False
 
     def call_at(self, when_ns: int, turn: Turn, /, *arguments: Any) -> Timer:
         """Run `turn` once it is `when_ns`, before what waits then; from any thread."""
@@ -306,6 +313,17 @@ class _Inbox:
         return not self.envelopes
 
 
+#: Messages that pykka handles itself.
+_OF_PYKKA = frozenset(
+    {
+        pykka.messages._ActorStop,  # noqa: SLF001
+        pykka.messages.ProxyCall,
+        pykka.messages.ProxyGetAttr,
+        pykka.messages.ProxySetAttr,
+    }
+)
+
+
 class _Told:
     """A message in an inbox, as pykka's own envelope is; nobody waits for an answer."""
 
@@ -384,12 +402,10 @@ class DispatchedActor(pykka.Actor):
         Nothing happens once the actor has stopped: nobody needs to know any more. The
         way through the inbox costs more than the handling of most messages.
         """
-        if self.actor_stopped.is_set():
-            return
-        if self._is_handling or self._envelopes:
-            self.actor_ref.tell(message)
-        else:
+        if not (self._is_handling or self._envelopes):
             self.take_urgent(message)
+        elif not self.actor_stopped.is_set():
+            self.actor_ref.tell(message)
 
     def take_urgent(self, message: Any) -> None:
         """Handle `message` in this turn, which is not one of the actor's own."""
@@ -403,6 +419,12 @@ class DispatchedActor(pykka.Actor):
             self._actor_loop_teardown()
         finally:
             self._is_handling = False
+
+    def _handle_receive(self, message: Any) -> Any:
+        # One look where pykka's own takes four: most messages are none of its.
+        if type(message) in _OF_PYKKA:
+            return super()._handle_receive(message)
+        return self.on_receive(message)
 
     @staticmethod
     def _create_actor_inbox() -> Any:

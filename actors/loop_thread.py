@@ -149,6 +149,25 @@ class LoopDispatcher(TimedDispatcher):
         self._turns.append((turn, arguments))
         self._rouse()
 
+    def take_now(self, turn: Turn, /, *arguments: Any) -> bool:
+        """Run `turn` where the caller is on its thread and nothing waits; or do not.
+
+        As if it had been posted, in fewer steps.
+        """
+        if (
+            self._is_awake
+            or self.busy_since_ns
+            or self._turns
+            or self._urgent
+            or self._is_ending
+            or not self._thread.is_current()
+        ):
+            return False
+        self._take(turn, arguments)
+        if not self._is_awake:
+            self._arm()
+        return True
+
     def is_current(self) -> bool:
         """Whether the caller is a turn of this dispatcher, or the loop's own."""
         return self._thread.is_current()

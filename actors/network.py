@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import xxhash
 
-from actors.transport import LINGER
+from actors.transport import LINGER, ReceiveNow
 from actors.world import ProcessClock, World
 from messages.codec import FRAME_BYTES_MAX
 from placement.event import Happened
@@ -155,6 +155,7 @@ class Wire:
         *,
         is_member: bool = True,
         publish: Callable[[Happened], None] | None = None,
+        receive_now: ReceiveNow | None = None,
     ) -> None:
         """Deliver what is sent to `address`."""
         end = _End(self.node, self.number, self._process, receive)

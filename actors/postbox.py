@@ -79,6 +79,7 @@ class Postbox:
         self._transport.attach(
             self._address,
             self._receive,
+            receive_now=self._receive_now,
             is_member=is_member,
             publish=self._publish,
         )
@@ -185,6 +186,9 @@ class Postbox:
             post = self._dispatcher.post_urgent
         post(self._arrived, data, origin)
 
+    def _receive_now(self, data: bytes, origin: Origin, /) -> bool:
+        return self._dispatcher.take_now(self._arrived, data, origin)
+
     def _handle_own(self, body: Frame) -> None:
         if self._is_open:
             self._handle(self._address, body)
@@ -249,8 +253,9 @@ def _check(origin: Origin, envelope: Envelope) -> None:
     """
     if envelope.sender != origin.address:
         raise BadFrame(f"{origin.address!r} speaks as {envelope.sender!r}")
-    body, name = envelope.body, type(envelope.body).__name__
-    if origin.to_any != isinstance(body, Find) or isinstance(body, Found | FindRefused):
-        raise BadFrame(f"{name}: {origin.address!r} may not say that here")
-    if not (origin.is_node or origin.to_any or isinstance(body, OF_CLIENTS)):
-        raise BadFrame(f"{name}: {origin.address!r} is a client, and may not say that")
+    kind = type(envelope.body)
+    if origin.to_any != (kind is Find) or kind is Found or kind is FindRefused:
+        raise BadFrame(f"{kind.__name__}: {origin.address!r} may not say that here")
+    if not (origin.is_node or origin.to_any or kind in OF_CLIENTS):
+        said = f"{origin.address!r} is a client, and may not say that"
+        raise BadFrame(f"{kind.__name__}: {said}")

@@ -32,6 +32,13 @@ class Receive(Protocol):
         """Take it. Without an origin the wire is trusted, as within a process."""
 
 
+class ReceiveNow(Protocol):
+    """Handles a frame where nothing waits before it; called on any thread."""
+
+    def __call__(self, data: bytes, origin: Origin, /) -> bool:
+        """Handle it; false: it is not handled, and neither kept."""
+
+
 class Transport(Protocol):
     """Carries frames. `receive` is called on any thread, and returns at once."""
 
@@ -42,11 +49,13 @@ class Transport(Protocol):
         *,
         is_member: bool,
         publish: Callable[[Happened], None],
+        receive_now: ReceiveNow | None = None,
     ) -> None:
         """Deliver what is sent to `address`; an address is attached once.
 
-        `publish` is told what happens to the wire. A client, which is no member,
-        may send less, and is sent to by members only.
+        A frame alone may be given to `receive_now` first. `publish` is told what
+        happens to the wire. A client, which is no member, may send less, and is sent
+        to by members only.
         """
 
     def detach(self, address: Address) -> None:
@@ -82,6 +91,7 @@ class InProcessTransport:
         *,
         is_member: bool = True,
         publish: Callable[[Happened], None] | None = None,
+        receive_now: ReceiveNow | None = None,
     ) -> None:
         """Deliver what is sent to `address`."""
         with self._lock:

@@ -19,7 +19,7 @@ from functools import partial
 from actors.dispatch import Dispatcher
 from actors.nats_connection import ConnectionEvent, NatsConnection, Subscription
 from actors.nats_token import text_of_token, token_of
-from actors.transport import LINGER, Origin, Receive
+from actors.transport import LINGER, Origin, Receive, ReceiveNow
 from messages.codec import FRAME_BYTES_MAX, BadFrame
 from messages.pack import unpack
 from placement.event import Happened
@@ -74,6 +74,7 @@ class _Attached:
     receive: Receive
     publish: Callable[[Happened], None]
     is_member: bool
+    receive_now: ReceiveNow | None = None
     subscriptions: list[Subscription] = field(default_factory=list)
     is_silent: bool = False
 
@@ -119,6 +120,7 @@ class NatsTransport:
         *,
         is_member: bool,
         publish: Callable[[Happened], None],
+        receive_now: ReceiveNow | None = None,
     ) -> None:
         """Deliver what is sent to `address`.
 
@@ -130,7 +132,7 @@ class NatsTransport:
         wanted = [(f"{place}.{side}.{_tokens_of(address)}.*.*", "") for side in sides]
         if is_member:
             wanted.append((f"{place}.find.*.*", _QUEUE))
-        attached = _Attached(receive, publish, is_member)
+        attached = _Attached(receive, publish, is_member, receive_now)
         with self._lock:
             assert address not in self._attached
             self._attached[address] = attached
@@ -191,6 +193,13 @@ class NatsTransport:
             self._refuse(attached, "FrameRefused", str(error))
             return
         is_echo = origin.is_node and self._attached.get(origin.address) is attached
+        if (
+            len(frames) == 1
+            and not is_echo
+            and attached.receive_now is not None
+            and attached.receive_now(frames[0], origin)
+        ):
+            return  # it has not waited: there is nothing to count
         why = self._take_in(origin, len(data), len(frames))
         if why:
             self._refuse(attached, "FramesDropped", why)

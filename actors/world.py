@@ -246,6 +246,10 @@ class SteppedDispatcher:
         """Run `turn` soon: what comes from a store may come at any time."""
         self.post(turn, *arguments)
 
+    def take_now(self, turn: Turn, /, *arguments: Any) -> bool:
+        """Never: each turn is a step of its own."""
+        return False
+
     def defer(self, turn: Turn, /, *arguments: Any) -> bool:
         """Have `turn` run when the turn under way has come so far; false: it has."""
         world = self._world

@@ -328,10 +328,35 @@ class Hosting:
     ) -> tuple[HostingEffect, ...]:
         """The store has answered a claim."""
         hosted = self._hosted.get(request.identity)
-        if hosted is None or hosted.request != request or hosted.state != "claiming":
+        is_asked = hosted is not None and (
+            hosted.request is request or hosted.request == request
+        )
+        if hosted is None or not is_asked or hosted.state != "claiming":
             # The session of that claim is over; its closing frees the entry.
             return ()
         match outcome:
+            case Claimed(entry):
+                self._again.pop(hosted.identity, None)
+                hosted.why_failed = None
+                pid = entry.record.pid
+                assert pid is not None
+                hosted.pid = pid
+                if self._is_draining:
+                    hosted.why_failed = Refusal("NoAuthority", self._why_not)
+                    return self._give_up(hosted)
+                hosted.state = "starting"
+                claimed = Happened(
+                    kind="placement",
+                    name="Claimed",
+                    identity=pid.identity,
+                    session=pid.session,
+                    token=pid.fencing_token,
+                )
+                start = StartActivation(pid, entry.record, hosted.chain)
+                if request.acquisition is not None or hosted.asked_by is None:
+                    return (claimed, start)
+                to, procedure = hosted.asked_by
+                return (claimed, start, TellClaimed(to, pid.identity, procedure))
             case Failed(_, may_have_happened) if may_have_happened or hosted.tried:
                 # The same attempt again: the store confirms it or makes it, and
                 # either way says so. Nothing else is safe to conclude.
@@ -360,28 +385,6 @@ class Hosting:
                     *self._refuse_start(hosted, Refusal("LockDenied", message)),
                     *self._remove(hosted),
                 )
-            case Claimed(entry):
-                self._again.pop(hosted.identity, None)
-                hosted.why_failed = None
-                pid = entry.record.pid
-                assert pid is not None
-                hosted.pid = pid
-                if self._is_draining:
-                    hosted.why_failed = Refusal("NoAuthority", self._why_not)
-                    return self._give_up(hosted)
-                hosted.state = "starting"
-                claimed = Happened(
-                    kind="placement",
-                    name="Claimed",
-                    identity=pid.identity,
-                    session=pid.session,
-                    token=pid.fencing_token,
-                )
-                start = StartActivation(pid, entry.record, hosted.chain)
-                if request.acquisition is not None or hosted.asked_by is None:
-                    return (claimed, start)
-                to, procedure = hosted.asked_by
-                return (claimed, start, TellClaimed(to, pid.identity, procedure))
 
     def _tell_trouble(self, hosted: _Hosted, message: str) -> tuple[HostingEffect, ...]:
         """Have nobody wait for a claim that fails again and again; it goes on.
