@@ -154,14 +154,7 @@ class LoopDispatcher(TimedDispatcher):
 
         As if it had been posted, in fewer steps.
         """
-        if (
-            self._is_awake
-            or self.busy_since_ns
-            or self._turns
-            or self._urgent
-            or self._is_ending
-            or not self._thread.is_current()
-        ):
+        if self._is_awake or self.busy_since_ns or not self._thread.is_current():
             return False
         self._take(turn, arguments)
         if not self._is_awake:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -81,6 +81,62 @@ def test_a_turn_that_raises_is_told_and_the_others_go_on(thread: LoopThread) -> 
     eventually(lambda: got)
     assert [type(bug) for bug in bugs] == [ZeroDivisionError]
     assert dispatcher.bug_count == 1
+
+
+def on(thread: LoopThread, asked: Callable[[], bool]) -> bool:
+    """What `asked` answers on that thread, outside of all turns."""
+    answers: list[bool] = []
+    thread.loop.call_soon_threadsafe(lambda: answers.append(asked()))
+    eventually(lambda: answers)
+    return answers[0]
+
+
+def test_a_turn_runs_now_only_on_the_thread_and_where_nothing_waits(
+    thread: LoopThread,
+) -> None:
+    dispatcher = LoopDispatcher(thread, CLOCK)
+    got: list[str] = []
+
+    def behind() -> bool:
+        dispatcher.post(got.append, "posted before")
+        return dispatcher.take_now(got.append, "not now")
+
+    def behind_urgent() -> bool:
+        dispatcher.post_urgent(got.append, "urgent")
+        return dispatcher.take_now(got.append, "not now")
+
+    def inside() -> None:
+        if not dispatcher.take_now(got.append, "not now"):
+            got.append("inside")
+
+    assert on(thread, lambda: dispatcher.take_now(got.append, "now"))
+    assert got == ["now"]
+    assert not dispatcher.take_now(got.append, "not now")
+    assert not on(thread, behind)
+    assert not on(thread, behind_urgent)
+    eventually(lambda: len(got) == 3)
+    # A turn that is taken so is one like others: what it asks for comes after it.
+    assert on(thread, lambda: dispatcher.take_now(inside))
+    dispatcher.post(inside)
+    eventually(lambda: len(got) == 5)
+    assert got == ["now", "posted before", "urgent", "inside", "inside"]
+    assert dispatcher.stop(20)
+    assert not on(thread, lambda: dispatcher.take_now(got.append, "not now"))
+
+
+def test_what_a_turn_taken_now_asks_for_is_done(thread: LoopThread) -> None:
+    bugs: list[BaseException] = []
+    dispatcher = LoopDispatcher(thread, CLOCK, on_bug=bugs.append)
+    rung = threading.Event()
+
+    def wrong() -> None:
+        dispatcher.call_at(dispatcher.now_ns() + 20_000_000, rung.set)
+        raise ZeroDivisionError
+
+    assert on(thread, lambda: dispatcher.take_now(wrong))
+    assert [type(bug) for bug in bugs] == [ZeroDivisionError]
+    assert dispatcher.busy_since_ns == 0
+    assert rung.wait(20)
 
 
 def test_timers_run_in_their_order_not_early_and_not_once_cancelled(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import actors.transport_nats as transport_module
 from actors.clock import SystemClock
 from actors.dispatch import ThreadDispatcher
+from actors.loop_thread import LoopDispatcher
 from actors.nats_connection import NatsConnection, NatsRefused, parse_nats_url
 from actors.postbox import CLIENTS_MAX, Postbox
 from actors.transport import Origin
@@ -52,9 +53,20 @@ def server() -> Iterator[NatsServer]:
 class Process:
     """One connection with a transport, and the boxes on it."""
 
-    def __init__(self, url: str, cluster: str = "default", **more: Any) -> None:
+    def __init__(
+        self,
+        url: str,
+        cluster: str = "default",
+        *,
+        is_on_loop: bool = False,
+        **more: Any,
+    ) -> None:
         self.connection = NatsConnection.open(parse_nats_url(url), pack=pack)
-        self.dispatcher = ThreadDispatcher("test-system", SystemClock())
+        self.dispatcher: ThreadDispatcher | LoopDispatcher
+        if is_on_loop:
+            self.dispatcher = LoopDispatcher(self.connection.thread, SystemClock())
+        else:
+            self.dispatcher = ThreadDispatcher("test-system", SystemClock())
         self.cluster = cluster
         self.transport = NatsTransport(
             self.connection, cluster, self.dispatcher, **more
@@ -78,6 +90,8 @@ class Process:
         return [each.name for each in self.happened]
 
     def close(self) -> None:
+        if isinstance(self.dispatcher, LoopDispatcher):
+            self.dispatcher.stop(5)
         self.connection.close()
         self.dispatcher.stop(5)
 
@@ -119,6 +133,30 @@ def test_frames_arrive_with_their_sender_in_order_and_as_they_were(
         assert there.got == [(A, frame) for frame in sent]
         assert there.happened == []
         assert there.transport._inbound_bytes == 0
+
+
+@pytest.mark.parametrize("is_on_loop", [False, True])
+def test_frames_alone_and_together_arrive_in_order_and_wait_no_longer(
+    server: NatsServer, *, is_on_loop: bool
+) -> None:
+    with processes(2, server.url, is_on_loop=is_on_loop) as (here, there):
+        sender, _ = here.box(A), there.box(B)
+        sent: list[Frame] = []
+        for burst in (1, 1, 100, 1, 2, 500, 1, 1, 1, 30) * 5:
+            frames: list[Frame] = [
+                Marked("k/x", 1, len(sent) + number) for number in range(burst)
+            ]
+            for frame in frames:
+                assert sender.send(B, frame)
+            sent.extend(frames)
+            if burst == 1:
+                # Nothing waits there then: the next one may come alone.
+                eventually(lambda: len(there.got) == len(sent))
+        eventually(lambda: len(there.got) == len(sent))
+
+        assert there.got == [(A, frame) for frame in sent]
+        assert there.happened == []
+        eventually(lambda: there.transport._inbound_bytes == 0)
 
 
 def test_small_frames_that_wait_together_are_one_message(server: NatsServer) -> None:
