@@ -8,9 +8,8 @@ run, whatever the hash seed and the version of Python.
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
-import msgpack
+import msgspec
 import pykka
-from msgspec.structs import astuple
 
 from actors.cluster import Cluster, check_kinds, names_of
 from actors.dispatch import Dispatcher
@@ -121,8 +120,7 @@ class Shared:
     def digest(self) -> str:
         """A hash over all frames that arrived and all that was recorded until now."""
         digest = self.network.digest().copy()
-        rows = [(type(each).__name__, *astuple(each)) for each in self.records]
-        digest.update(msgpack.packb(rows))
+        digest.update(msgspec.msgpack.encode(self.records))
         return str(digest.hexdigest())
 
     def check_names(self, names: Iterable[str]) -> None:

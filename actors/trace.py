@@ -11,7 +11,11 @@ from typing import Any, TypeAlias
 import msgspec
 
 
-class Asked(msgspec.Struct, frozen=True, gc=False):
+class _Record(msgspec.Struct, frozen=True, gc=False, tag=True, array_like=True):
+    """As a message it is a list: its name, then its fields."""
+
+
+class Asked(_Record, frozen=True):
     """A program on `asker` (an incarnation of a node) asks `identity`.
 
     `operation` is `add` (changes the state, once for each `request`), `read`, or
@@ -26,7 +30,7 @@ class Asked(msgspec.Struct, frozen=True, gc=False):
     deadline_ns: int
 
 
-class Told(msgspec.Struct, frozen=True, gc=False):
+class Told(_Record, frozen=True):
     """A program on `teller` tells `identity`; `number` grows for the two of them."""
 
     at_ns: int
@@ -36,7 +40,7 @@ class Told(msgspec.Struct, frozen=True, gc=False):
     number: int
 
 
-class Ended(msgspec.Struct, frozen=True, gc=False):
+class Ended(_Record, frozen=True):
     """An ask has ended for its asker.
 
     `outcome` is `answered` (`value` is the answer), `refused` (`reason` says why;
@@ -51,7 +55,7 @@ class Ended(msgspec.Struct, frozen=True, gc=False):
     reason: str
 
 
-class Entered(msgspec.Struct, frozen=True, gc=False):
+class Entered(_Record, frozen=True):
     """User code of an activation is entered: the record is made by that code.
 
     `purpose` is `activate`, `handle`, `resume`, `timer` or `passivate`; `request`
@@ -68,7 +72,7 @@ class Entered(msgspec.Struct, frozen=True, gc=False):
     number: int = 0
 
 
-class EntryClaimed(msgspec.Struct, frozen=True, gc=False):
+class EntryClaimed(_Record, frozen=True):
     """The store has made `session` the owner of `identity`, under `token`.
 
     `former` owned it until this very write, under `former_token`; empty: nobody.
@@ -82,7 +86,7 @@ class EntryClaimed(msgspec.Struct, frozen=True, gc=False):
     former_token: int
 
 
-class EntrySaved(msgspec.Struct, frozen=True, gc=False):
+class EntrySaved(_Record, frozen=True):
     """The store has replaced the snapshot of `identity`."""
 
     at_ns: int
@@ -91,7 +95,7 @@ class EntrySaved(msgspec.Struct, frozen=True, gc=False):
     version: int
 
 
-class EntryGivenUp(msgspec.Struct, frozen=True, gc=False):
+class EntryGivenUp(_Record, frozen=True):
     """The store has cleared the owner that claimed `token`.
 
     `brought` is the version of the snapshot that came with it, to be stored; -1
@@ -105,7 +109,7 @@ class EntryGivenUp(msgspec.Struct, frozen=True, gc=False):
     brought: int = -1
 
 
-class Leaving(msgspec.Struct, frozen=True, gc=False):
+class Leaving(_Record, frozen=True):
     """User code of `token` has asked for the end of its own activation."""
 
     at_ns: int
@@ -113,14 +117,14 @@ class Leaving(msgspec.Struct, frozen=True, gc=False):
     token: int
 
 
-class Emptying(msgspec.Struct, frozen=True, gc=False):
+class Emptying(_Record, frozen=True):
     """The incarnation `address` was told to drain or to stop: all there is to end."""
 
     at_ns: int
     address: str
 
 
-class Chosen(msgspec.Struct, frozen=True, gc=False):
+class Chosen(_Record, frozen=True):
     """`chooser` has `host` start `identity`, by the topology of `epoch`.
 
     `procedure` is the chooser's number for what it is doing: one that is sent again
@@ -135,7 +139,7 @@ class Chosen(msgspec.Struct, frozen=True, gc=False):
     epoch: int
 
 
-class SessionChanged(msgspec.Struct, frozen=True, gc=False):
+class SessionChanged(_Record, frozen=True):
     """The store's record of `session` is now `open` or `closed`."""
 
     at_ns: int
@@ -144,7 +148,7 @@ class SessionChanged(msgspec.Struct, frozen=True, gc=False):
     renewals: int
 
 
-class MembersChanged(msgspec.Struct, frozen=True, gc=False):
+class MembersChanged(_Record, frozen=True):
     """The store's membership record was replaced."""
 
     at_ns: int
@@ -152,7 +156,7 @@ class MembersChanged(msgspec.Struct, frozen=True, gc=False):
     sessions: tuple[str, ...]
 
 
-class TopologyTaken(msgspec.Struct, frozen=True, gc=False):
+class TopologyTaken(_Record, frozen=True):
     """The incarnation `address` decides by this topology from now on.
 
     `sessions` are its members, sorted; `draining` those of them that drain;
@@ -167,7 +171,7 @@ class TopologyTaken(msgspec.Struct, frozen=True, gc=False):
     owners: tuple[str, ...]
 
 
-class ProcessEnded(msgspec.Struct, frozen=True, gc=False):
+class ProcessEnded(_Record, frozen=True):
     """The process at `address` is gone: `how` is `crashed` or `stopped`."""
 
     at_ns: int
@@ -175,13 +179,13 @@ class ProcessEnded(msgspec.Struct, frozen=True, gc=False):
     how: str
 
 
-class Healed(msgspec.Struct, frozen=True, gc=False):
+class Healed(_Record, frozen=True):
     """The last fault is over; what follows must go well."""
 
     at_ns: int
 
 
-class Reached(msgspec.Struct, frozen=True, gc=False):
+class Reached(_Record, frozen=True):
     """After the healing, `asker` sought `identity`: `reason` is empty where found."""
 
     at_ns: int
@@ -190,7 +194,7 @@ class Reached(msgspec.Struct, frozen=True, gc=False):
     reason: str
 
 
-class FinalState(msgspec.Struct, frozen=True, gc=False):
+class FinalState(_Record, frozen=True):
     """What the store held at the end: the requests that `identity`'s state contains."""
 
     at_ns: int
@@ -198,7 +202,7 @@ class FinalState(msgspec.Struct, frozen=True, gc=False):
     requests: tuple[str, ...]
 
 
-class LeftBehind(msgspec.Struct, frozen=True, gc=False):
+class LeftBehind(_Record, frozen=True):
     """At the end something was held that nobody will ever clear."""
 
     at_ns: int
@@ -207,7 +211,7 @@ class LeftBehind(msgspec.Struct, frozen=True, gc=False):
     identity: str
 
 
-class WorkDone(msgspec.Struct, frozen=True, gc=False):
+class WorkDone(_Record, frozen=True):
     """How much was done for `requests` requests in all.
 
     `kept_peak` is how much was kept at once because it was not done yet: turns and
@@ -221,7 +225,7 @@ class WorkDone(msgspec.Struct, frozen=True, gc=False):
     kept_peak: int
 
 
-class Sought(msgspec.Struct, frozen=True, gc=False):
+class Sought(_Record, frozen=True):
     """How often `asker` asked where `identity` is, for one need, within a second.
 
     That second of the run in which one was asked for most often.

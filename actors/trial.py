@@ -8,7 +8,6 @@ from typing import Any
 
 import msgpack
 import msgspec
-from msgspec.structs import astuple
 
 from actors.defects import variant_of
 from actors.engine import Settings
@@ -652,7 +651,7 @@ class Trial:
         if shared.network.is_mute:
             self.counts[MUTE] = shared.network.vanished_count
         digest = shared.network.digest().copy()
-        digest.update(msgpack.packb([(type(e).__name__, *astuple(e)) for e in records]))
+        digest.update(msgspec.msgpack.encode(records))
         return Result(
             seed=self.seed,
             messages=shared.network.frame_count
