@@ -29,6 +29,10 @@ _OPTIONS = {"schema", "timeout_ms", "ssl"}
 _KNOWN = "schema, timeout_ms, and those of libpq, such as sslmode"
 _TIMEOUT_MS_MAX = 600_000
 
+# How many times a statement's time a transaction may take: all others that write wait
+# for one at a time.
+_STATEMENTS_PER_TRANSACTION = 5
+
 # Beyond the time that the server has to end a statement by itself.
 _GRACE_S = 1.0
 
@@ -106,9 +110,14 @@ _FIRST_ROWS: tuple[LiteralString, ...] = (
     "INSERT INTO {schema}.store VALUES (1, {program}, {version}, 0)",
 )
 
+# The first two do not count while the server waits for the rest of what is sent at
+# once: of who is cut off in the middle of that only the third tells, which servers
+# before 17 do not have. CASE, so that these do not hear of it.
 _SET: LiteralString = """
 SELECT set_config('statement_timeout', %s, true),
        set_config('idle_in_transaction_session_timeout', %s, true),
+       CASE WHEN current_setting('server_version_num')::integer >= 170000
+            THEN set_config('transaction_timeout', %s, true) END,
        set_config('synchronous_commit',
                   CASE current_setting('synchronous_commit')
                   WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, true)
@@ -288,7 +297,8 @@ class PostgresDatabase:
 
     def settings(self) -> Statement:
         """What each transaction sets for itself."""
-        return _SET, [str(self.timeout_ms)] * 2
+        longest_ms = self.timeout_ms * _STATEMENTS_PER_TRANSACTION
+        return _SET, [str(ms) for ms in (self.timeout_ms, self.timeout_ms, longest_ms)]
 
     @contextmanager
     def _looking(self) -> Iterator[Connection]:

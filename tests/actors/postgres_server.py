@@ -188,6 +188,7 @@ class Wire:
         self._times = 0
         self._is_before = False
         self._refuses_after = False
+        self._last_word = b""
         self._ends, self._end = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="wire")
         self._thread.start()
@@ -203,6 +204,13 @@ class Wire:
         self._is_before, self._refuses_after = before, then_refuse
         self._word, self._times = word.encode(), times
 
+    def fall_silent(self, word: str) -> None:
+        """Carry nothing more of the next connection that sends `word`, from there on.
+
+        As where a cable is cut: neither end hears of it, nor that the other has ended.
+        """
+        self._last_word = word.encode()
+
     def close(self) -> None:
         self._end.close()
         self._thread.join()
@@ -213,6 +221,7 @@ class Wire:
         pairs: dict[socket.socket, socket.socket] = {}
         dropping: set[socket.socket] = set()
         clients: set[socket.socket] = set()
+        silent: list[socket.socket] = []
 
         def drop(one: socket.socket) -> None:
             other = pairs.pop(one)
@@ -245,6 +254,16 @@ class Wire:
                     elif each in dropping:
                         if READY in data:
                             drop(each)
+                    elif (
+                        each in clients and self._last_word and self._last_word in data
+                    ):
+                        server = pairs.pop(each)
+                        del pairs[server]
+                        clients.discard(each)
+                        server.sendall(data[: data.index(self._last_word)])
+                        silent += [each, server]
+                        self._last_word = b""
+                        self.cut_count += 1
                     elif each in clients and self._times and self._word in data:
                         self.cut_count += 1
                         self._times -= 1
@@ -259,3 +278,5 @@ class Wire:
                             pairs[each].sendall(data)
         for each in clients.copy():
             drop(each)
+        for each in silent:
+            each.close()

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from decimal import Decimal
 from typing import Any
 
@@ -556,6 +556,33 @@ def test_a_transaction_that_stands_still_is_ended_by_the_server(
         assert load(other, USER).owner is None
         assert own(other, USER, 3).owner == NODE
         assert own(store, Identity("k", "1"), 4).owner == NODE
+
+
+def test_who_is_cut_off_in_the_middle_of_a_transaction_is_waited_for_some_seconds(
+    wire: Wire, schema: str, url: str
+) -> None:
+    """The server waits for what was cut off for as long as it likes, row in hand."""
+    with (
+        opened(wire.url(f"schema={schema}&timeout_ms=20000")) as cut_off,
+        opened(f"{url}&timeout_ms=20000") as other,
+    ):
+        own(cut_off, CART)
+        done: list[object] = []
+
+        def be_cut_off() -> None:
+            with suppress(StoreFailure):
+                done.append(own(cut_off, USER, 2))
+
+        thread = threading.Thread(target=be_cut_off)
+        with in_a_hurry(cut_off, 400):
+            # Of what is written at once the row arrives, the commit's number does not.
+            wire.fall_silent("commits")
+            thread.start()
+            eventually(lambda: wire.cut_count)
+
+            assert own(other, Identity("k", "1"), 3).owner == NODE
+            thread.join()
+        assert len(done) == (load(other, USER).owner == NODE)
 
 
 @pytest.mark.parametrize(
