@@ -7,6 +7,7 @@ after a change of the leader, or nobody answers in the middle of a request.
 """
 
 import asyncio
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -63,7 +64,8 @@ _Version: TypeAlias = tuple[int, int, bytes]
 class BucketContents:
     """The keys, what they were a while ago, and a record of each change.
 
-    The records are made of the bytes that are really there, before and after.
+    The records are made of the bytes that are really there, before and after. A write
+    is one step, as a server's is, whatever threads the conformance suite has.
     """
 
     def __init__(self, world: World, records: list[Record]) -> None:
@@ -71,6 +73,7 @@ class BucketContents:
         #: Of each key what was a while ago, the last last.
         self._history: dict[str, list[_Version]] = {}
         self._revision = 0
+        self._lock = threading.Lock()
         self.rows: dict[Identity, Row] = {}
         self.open_sessions: dict[SessionId, SessionRecord] = {}
 
@@ -96,17 +99,18 @@ class BucketContents:
         Raises:
             WrongRevision: it is another.
         """
-        history = self._history.setdefault(key, [])
-        former = history[-1] if history else None
-        if expected != (0 if former is None else former[1]):
-            raise WrongRevision(f"{_WHERE}: {key}")
-        self._revision += 1
-        now_ns = self._world.moment_ns()
-        history.append((now_ns, self._revision, data))
-        while len(history) > 1 and history[1][0] < now_ns - _STALE_MAX_NS:
-            del history[0]
-        self._note(key, former, self._revision, data)
-        return self._revision
+        with self._lock:
+            history = self._history.setdefault(key, [])
+            former = history[-1] if history else None
+            if expected != (0 if former is None else former[1]):
+                raise WrongRevision(f"{_WHERE}: {key}")
+            revision = self._revision = self._revision + 1
+            now_ns = self._world.moment_ns()
+            history.append((now_ns, revision, data))
+            while len(history) > 1 and history[1][0] < now_ns - _STALE_MAX_NS:
+                del history[0]
+            self._note(key, former, revision, data)
+        return revision
 
     def write_late(self, key: str, data: bytes, expected: int) -> None:
         """As `write`; nobody hears of it."""
