@@ -65,9 +65,6 @@ class Dispatcher(Protocol):
         For what a session lives by: a node that has much to do is not a dead one.
         """
 
-    def take_now(self, turn: Turn, /, *arguments: Any) -> bool:
-        """Run `turn` now, where nothing waits and the caller may; tell whether."""
-
     def call_at(self, when_ns: int, turn: Turn, /, *arguments: Any) -> Timer:
         """Run `turn` once it is `when_ns`; from any thread."""
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import pykka
 
 from actors.clock import Clock, SystemClock
-from actors.dispatch import Dispatcher, ThreadDispatcher
+from actors.dispatch import Dispatcher, ThreadDispatcher, Turn
 from actors.event_stream import StartReader, start_thread_reader
 from actors.future import Future
 from actors.log import log
@@ -99,6 +99,9 @@ class GrainDispatcher(Dispatcher, Protocol):
 class SystemDispatcher(Dispatcher, Protocol):
     """A dispatcher of coordinators and placement actors, which ends with its engine."""
 
+    def take_now(self, turn: Turn, /, *arguments: Any) -> bool:
+        """Run `turn` now, where nothing waits and the caller may; tell whether."""
+
     def stop(self, timeout_s: float) -> bool:
         """Run what has been posted, then end; false: it is still busy."""
 
@@ -135,7 +138,7 @@ class Engine(Protocol):
     clock: Clock
     transport: Transport
     random: Random
-    system: Dispatcher
+    system: SystemDispatcher
     entries: "pykka.ActorRef[Any]"
     sessions: "pykka.ActorRef[Any]"
 
@@ -182,13 +185,12 @@ class ThreadEngine:
         self.start_reader: StartReader = start_thread_reader
         self.random = Random(secrets.randbits(64))  # noqa: S311
         self._table = PartitionTable.build(Topology(), partitions)
-        self._system: SystemDispatcher = (
+        self.system: SystemDispatcher = (
             ThreadDispatcher("placement-system", self.clock)
             if make_system is None
             else make_system(self.clock)
         )
-        self.system: Dispatcher = self._system
-        self.transport = make_transport(self._system)
+        self.transport = make_transport(self.system)
         self._lanes = (
             ThreadDispatcher("placement-entries", self.clock),
             ThreadDispatcher("placement-sessions", self.clock),
@@ -250,7 +252,7 @@ class ThreadEngine:
                 actor.stop(timeout=left_s())
             except pykka.Timeout:
                 log.warning("the store does not come back", store=self.store.url)
-        for dispatcher in (*self._lanes, self._system):
+        for dispatcher in (*self._lanes, self.system):
             dispatcher.stop(left_s())
         self.store.close()
 

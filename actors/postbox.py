@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from actors.clients import Clients
-from actors.dispatch import Dispatcher
+from actors.engine import SystemDispatcher
 from actors.future import Future
 from actors.log import log
 from actors.transport import Origin, Transport
@@ -50,7 +50,7 @@ class Postbox:
         cluster: str,
         address: Address,
         transport: Transport,
-        dispatcher: Dispatcher,
+        dispatcher: SystemDispatcher,
         handle: Callable[[Address, Frame], None],
         publish: Callable[[Happened], None],
         epoch: Callable[[], int] = lambda: 0,

@@ -13,7 +13,7 @@ import pykka
 
 from actors.cluster import Cluster, check_kinds, names_of
 from actors.dispatch import Dispatcher
-from actors.engine import Engine, GrainDispatcher, Settings
+from actors.engine import Engine, GrainDispatcher, Settings, SystemDispatcher
 from actors.event_stream import Reader
 from actors.future import Future
 from actors.kind import BadKind, Kind
@@ -157,7 +157,7 @@ class Process:
         self.wire = shared.network.wire(name, self.clock)
         self.transport: Any = self.wire
         self.stepped: list[SteppedDispatcher] = []
-        self.system: Dispatcher = self._thread("system")
+        self.system: SystemDispatcher = self._thread("system")
         self.program: Dispatcher = self._thread("program")
         self.node_address: Address | None = None
         store = shared.store.connect(world, name, shared.calls)

@@ -67,10 +67,6 @@ class _InboxDispatcher:
                 actor.tell(turn)
             self._early = None
 
-    def take_now(self, turn: Callable[..., object], /, *arguments: Any) -> bool:
-        """Never: the actor's thread is its own."""
-        return False
-
     def post(self, turn: Callable[..., object], /, *arguments: Any) -> None:
         """Run `turn` soon; nothing happens where the actor has stopped."""
         with self._lock:

@@ -328,10 +328,11 @@ class Hosting:
     ) -> tuple[HostingEffect, ...]:
         """The store has answered a claim."""
         hosted = self._hosted.get(request.identity)
-        is_asked = hosted is not None and (
-            hosted.request is request or hosted.request == request
-        )
-        if hosted is None or not is_asked or hosted.state != "claiming":
+        if (
+            hosted is None
+            or hosted.state != "claiming"
+            or (hosted.request is not request and hosted.request != request)
+        ):
             # The session of that claim is over; its closing frees the entry.
             return ()
         match outcome:

@@ -151,10 +151,6 @@ class Turns:
         """Run it at the next `run`."""
         self.post(turn, *arguments)
 
-    def take_now(self, turn: Turn, /, *arguments: Any) -> bool:
-        """Never: at the next `run`."""
-        return False
-
     def call_at(self, when_ns: int, turn: Turn, /, *arguments: Any) -> Timer:
         """Nobody sets timers here."""
         raise NotImplementedError
