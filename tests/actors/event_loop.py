@@ -47,29 +47,55 @@ class _LateSelector(selectors.DefaultSelector):
     idle_late_s = 0.0
 
     def select(self, timeout: float | None = None) -> Any:
-        started, worked = time.perf_counter(), time.process_time()
+        begun = _clocks()
         ready = super().select(timeout)
         if timeout is not None:
-            late_s = time.perf_counter() - started - max(0.0, timeout)
-            worked_s = time.process_time() - worked
-            self.idle_late_s += max(0.0, late_s - worked_s)
+            self.idle_late_s += _idle_s(begun, max(0.0, timeout))
         return ready
 
 
 async def _longest_gap(done: asyncio.Event, selector: _LateSelector) -> float:
+    def read() -> dict[str, float]:
+        # Where another thread takes the interpreter's lock while this is read, that
+        # is a gap as well: the reading is a part of what is measured.
+        begun = _clocks()
+        waited = _without_processor_s()
+        selector.idle_late_s += _idle_s(begun)
+        return waited
+
     longest, last = 0.0, time.perf_counter()
     last_waited, last_late_s = _without_processor_s(), selector.idle_late_s
     while not done.is_set():
         await asyncio.sleep(0.001)
-        now, waited = time.perf_counter(), _without_processor_s()
-        late_s = selector.idle_late_s - last_late_s
-        # Its own wait, or that of who had the interpreter's lock: the longest, for all
-        # of them may have seen the same time, which is taken off once.
-        waits = (s - last_waited.get(thread, 0.0) for thread, s in waited.items())
-        longest = max(longest, now - last - max((late_s, *waits)))
-        last, last_waited = time.perf_counter(), waited
-        last_late_s = selector.idle_late_s
+        waited, now, late_s = read(), time.perf_counter(), selector.idle_late_s
+        gap_s = now - last - _machine_s(last_waited, waited, late_s - last_late_s)
+        if gap_s > longest:
+            # A thread may have waited after it was read.
+            machine_s = _machine_s(last_waited, read(), late_s - last_late_s)
+            longest = max(longest, now - last - machine_s)
+        last, last_waited, last_late_s = now, waited, late_s
     return longest
+
+
+def _machine_s(
+    before: dict[str, float], after: dict[str, float], late_s: float
+) -> float:
+    """What the machine took: the longest wait of a thread, or the lateness.
+
+    The longest, for all of them may have seen the same time, which is taken off once.
+    """
+    waits = (waited - before.get(thread, 0.0) for thread, waited in after.items())
+    return max((late_s, *waits))
+
+
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _idle_s(begun: tuple[float, float], meant_s: float = 0.0) -> float:
+    """How long it took beyond what was meant, and nothing of this process worked."""
+    now, worked = _clocks()
+    return max(0.0, now - begun[0] - meant_s - (worked - begun[1]))
 
 
 def _without_processor_s() -> dict[str, float]:
