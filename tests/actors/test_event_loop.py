@@ -34,7 +34,7 @@ def test_a_callback_that_blocks_is_a_gap() -> None:
 
 def test_another_thread_that_keeps_the_interpreter_is_a_gap() -> None:
     async def main() -> None:
-        await asyncio.to_thread(keep_the_interpreter, 0.25)
+        await asyncio.to_thread(keep_the_interpreter, 0.1)
 
     _, gap_s = run_and_watch(main())
     assert gap_s >= 0.02
